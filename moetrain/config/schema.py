@@ -1,0 +1,229 @@
+"""What a run is: every setting, its type, default, meaning, unit and source.
+
+Hydra composes the YAML files of ``configs/`` over these defaults; ``config.freeze`` turns the result into a
+``RunConfig``; ``config.checks`` holds the rules across fields. ``None`` always means "worked out from the others",
+and the line under the field says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The sparse feed-forward blocks (``model.moe``; null makes every block dense)."""
+
+    num_experts: int = 8
+    """Experts in each MoE block, over all ranks."""
+    top_k: int = 2
+    """Experts that answer for each token."""
+    d_expert: int | None = None
+    """Hidden width of one expert. null: model.d_ff, as in Mixtral, Switch and GLaM."""
+    every: int = 1
+    """An MoE block in every nth block, the last of each n: 1 = all, 2 = every other (GShard, Switch, GLaM)."""
+    activation: str | None = None
+    """Activation inside the experts: swiglu, geglu, gelu or relu. null: model.activation."""
+    router: str = "top_k"
+    """How a token finds its experts: top_k (Mixtral, arXiv:2401.04088, section 2.1)."""
+    renormalize: bool = True
+    """Whether the weights of the top_k chosen experts sum to 1 (Mixtral) or keep their softmax value (Switch)."""
+    balance_weight: float = 0.01
+    """Weight of the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equation 4)."""
+    z_weight: float = 0.001
+    """Weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer."""
+
+    vocab_size: int = 4096
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    context: int = 256
+    """Longest sequence, in tokens."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). null: num_heads."""
+    d_head: int | None = None
+    """Width of one head. null: d_model / num_heads."""
+    d_ff: int = 1024
+    """Hidden width of a dense feed-forward block."""
+    activation: str = "swiglu"
+    """swiglu or geglu (gated, three matrices; Shazeer 2020, arXiv:2002.05202), gelu or relu (two matrices)."""
+    norm: str = "rmsnorm"
+    """rmsnorm or layernorm, before each sublayer and once at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm."""
+    positions: str = "rope"
+    """rope (Su et al. 2021, arXiv:2104.09864) or learned (GPT-2)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    bias: bool = False
+    """Biases in the linear maps of attention and dense feed-forward, and in layernorm. Experts and router have none."""
+    tie_embeddings: bool = True
+    """Whether the output layer shares the embedding's weights."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; maps into the residual stream are scaled by 1/sqrt(2 num_layers)
+    (GPT-2, Radford et al. 2019, section 2.3)."""
+    dtype: str = "fp32"
+    """fp32, or bf16 with fp32 master weights."""
+    moe: MoEConfig | None = field(default_factory=MoEConfig)
+    """The sparse blocks; null: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """From text to tokens."""
+
+    name: str = "sotu"
+    """A label for the corpus, used in the name of the prepared directory."""
+    text: list[str] = field(default_factory=lambda: ["builtin:sotu"])
+    """Files, directories or globs of .txt, .jsonl, .parquet (also .gz, .xz, .zst); builtin:sotu ships with moetrain."""
+    text_column: str = "text"
+    """Column of jsonl and parquet rows that holds the text."""
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation, in (0, 0.5]."""
+    tokenizer: str | None = None
+    """Path of a tokenizer.json. null: a byte-level BPE of model.vocab_size entries, trained on the training documents."""
+    prepared: str | None = None
+    """Directory of the token files. null: prepared/NAME-DIGEST, the digest covering text and tokenizer settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many tokens meet at each step."""
+
+    global_batch: int = 16
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = 8
+    """Sequences per forward pass on one rank."""
+    sequence_length: int | None = None
+    """Tokens per sequence. null: model.context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, biases and embeddings of positions have none."""
+    clip: float = 1.0
+    """Largest global gradient norm, every expert counted once; 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long, and the learning rate on the way. Each length is given in steps or in tokens, not in both."""
+
+    kind: str = "cosine"
+    """After the warm-up: cosine, linear, wsd (constant, then linear decay; Hu et al. 2024, arXiv:2404.06395)
+    or constant."""
+    steps: int | None = 600
+    """Optimizer steps in the run."""
+    tokens: int | None = None
+    """The same, in tokens."""
+    warmup_steps: int | None = 30
+    """Steps of linear warm-up."""
+    warmup_tokens: int | None = None
+    """The same, in tokens."""
+    decay_steps: int | None = None
+    """Length of the decay at the end; wsd only. null: a fifth of the run."""
+    decay_tokens: int | None = None
+    """The same, in tokens."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model lies over the ranks."""
+
+    expert_parallel: int | None = None
+    """Ranks that share one set of experts. null: the largest number that divides both the processes of a node and
+    num_experts."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): 1 shards the optimizer, 2 gradients too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How the run gets its processes."""
+
+    kind: str = "local"
+    """local: this machine."""
+    processes: int | None = None
+    """Processes on each node. null: one per GPU, or 2 on a machine without GPUs."""
+    timeout_seconds: int = 600
+    """A collective that waits longer than this fails the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What survives a crash."""
+
+    every_steps: int | None = 100
+    """Save every n steps; null: not by steps. The last step is always saved."""
+    every_minutes: float | None = None
+    """Save when this many minutes have passed since the last save; null: not by time."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out loss."""
+
+    every_steps: int | None = 100
+    """Evaluate every n steps; null: only at the end."""
+    max_sequences: int | None = 128
+    """Sequences read in the evaluations on the way; the last one reads all. null: always all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Numbers out."""
+
+    every_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    wandb: str = "auto"
+    """auto (online when logged in, else offline), online, offline or off."""
+    wandb_project: str = "moetrain"
+    """Project on Weights & Biases."""
+    peak_tflops: float | None = None
+    """Peak rate of one device in the run's dtype, for MFU. null: looked up by the device's name, else MFU is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run."""
+
+    name: str = "tiny"
+    """What the run is called."""
+    run_dir: str | None = None
+    """Directory of everything the run writes. null: runs/NAME."""
+    seed: int = 1234
+    """Weights and data order are pure functions of it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
