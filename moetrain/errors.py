@@ -27,3 +27,7 @@ class CheckpointError(MoetrainError):
 
 class LaunchError(MoetrainError):
     """The processes of a run could not be started, or one of them died."""
+
+
+class TrainingError(MoetrainError):
+    """The run itself went wrong: a loss or gradient that is no longer a finite number."""

@@ -90,7 +90,8 @@ class DataConfig:
     held_out: float = 0.05
     """Share of the documents kept for evaluation, in (0, 0.5]."""
     tokenizer: str | None = None
-    """Path of a tokenizer.json. null: a byte-level BPE of model.vocab_size entries, trained on the training documents."""
+    """Path of a tokenizer.json. null: a byte-level BPE of model.vocab_size entries, trained on the
+    training documents."""
     prepared: str | None = None
     """Directory of the token files. null: prepared/NAME-DIGEST, the digest covering text and tokenizer settings."""
 
@@ -204,15 +205,15 @@ class LogConfig:
     wandb_project: str = "moetrain"
     """Project on Weights & Biases."""
     peak_tflops: float | None = None
-    """Peak rate of one device in the run's dtype, for MFU. null: looked up by the device's name, else MFU is left out."""
+    """Peak rate of one device in the run's dtype, for MFU. null: looked up by the device's name; unknown: no MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run."""
 
-    name: str = "tiny"
-    """What the run is called."""
+    name: str | None = None
+    """What the run is called. null: after the model, e.g. tiny or tiny-dense."""
     run_dir: str | None = None
     """Directory of everything the run writes. null: runs/NAME."""
     seed: int = 1234
@@ -227,3 +228,21 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What ``moetrain sample`` writes."""
+
+    run_dir: str = "runs/tiny"
+    """A run with a checkpoint."""
+    prompt: str = ""
+    """Text to go on from; empty: a new document."""
+    max_tokens: int = 120
+    """Tokens to write at most."""
+    temperature: float = 0.8
+    """Divides the scores; 0: always the likeliest token."""
+    top_k: int = 50
+    """Draw among this many likeliest tokens; 0: among all."""
+    seed: int = 0
+    """Another seed, another text."""

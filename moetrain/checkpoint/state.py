@@ -1,0 +1,191 @@
+"""What is in a checkpoint, in a form that no layout shows through.
+
+Every rank holds contiguous intervals of flattened global tensors (experts lead their tensor, so a rank's experts are
+one interval, and so is a ZeRO share of them). A checkpoint stores those intervals under global names, through
+torch.distributed.checkpoint; any other layout reads the intervals it needs. Names are ``PARAMETER/fp32``,
+``PARAMETER/exp_avg`` and ``PARAMETER/exp_avg_sq``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from moetrain.checkpoint import store
+from moetrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A view of part of a global tensor, read by a save and filled by a load."""
+
+    name: str
+    """Global name, e.g. ``blocks.0.feed_forward.experts.w_in/exp_avg``."""
+    view: Tensor
+    """1-D, contiguous."""
+    offset: int
+    """Where the view begins in the flattened global tensor, elements."""
+    global_numel: int
+    """Elements of the whole tensor."""
+
+
+def save(
+    root: Path,
+    fragments: Iterable[Fragment],
+    *,
+    manifest: store.Manifest,
+    group: dist.ProcessGroup,
+) -> Path:
+    """Write a whole checkpoint, or none. Every rank calls it; all return, or all raise.
+
+    Args:
+        root: directory of the run's checkpoints.
+        fragments: this rank's; together the ranks' fragments cover every tensor. Intervals that several ranks hold
+            are written once.
+        manifest: with ``files`` empty.
+        group: all ranks, on a backend that moves host memory.
+
+    Raises:
+        CheckpointError: on every rank, when one could not write. The checkpoints before stay as they are.
+    """
+    _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
+    partial = store.partial_directory(root, manifest.step)
+    writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
+    state = {fragment.name: _Interval.of(fragment) for fragment in fragments}
+    _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
+    digests: list[Any] = [None] * dist.get_world_size(group)
+    own = sorted(partial.glob(f"__{dist.get_rank()}_*.distcp"))
+    found = _agree(lambda: [store.digest_file(path) for path in own], group, root)
+    dist.all_gather_object(digests, found, group=group)
+
+    def commit() -> None:
+        if dist.get_rank() == 0:
+            files = [each for rank in digests for each in rank] + [store.digest_file(partial / ".metadata")]
+            store.commit(root, replace(manifest, files=files))
+
+    _agree(commit, group, root)
+    return store.step_directory(root, manifest.step)
+
+
+def load(directory: Path, fragments: Iterable[Fragment], *, group: dist.ProcessGroup | None) -> None:
+    """Fill the views from a checkpoint of any layout.
+
+    Args:
+        group: all ranks, on a backend that moves host memory; None: this process alone reads.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another size.
+    """
+    state = {fragment.name: _Interval.of(fragment) for fragment in fragments}
+    try:
+        dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
+    except Exception as error:
+        raise CheckpointError(f"{directory} does not fit this model: {_cause(error)}") from error
+
+
+def newest_whole(root: Path, *, warn: Any) -> tuple[Path, store.Manifest] | None:
+    """The newest checkpoint whose files all match their digests; damaged ones are named through ``warn``."""
+    for directory in reversed(store.whole_checkpoints(root)):
+        try:
+            return directory, store.verify(directory)
+        except CheckpointError as error:
+            warn(f"checkpoint {directory.name} is damaged and passed over: {error}")
+    return None
+
+
+def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
+    """Run ``action`` on every rank; when it fails on one, raise on all, with that rank's cause."""
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = _cause(error)
+    failures: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise CheckpointError(
+                f"the checkpoint could not be written to {root} (rank {rank}: {message}); earlier checkpoints are "
+                "untouched: free space or choose another run_dir, then run the same command again"
+            )
+    return result
+
+
+def _cause(error: BaseException) -> str:
+    # torch.distributed.checkpoint wraps the failures of the ranks: the first one is the cause
+    failures = getattr(error, "failures", None)
+    if failures:
+        return _cause(next(iter(failures.values()))[0])
+    return f"{type(error).__name__}: {error}".strip(": ")
+
+
+class _Interval(Tensor):
+    """A 1-D tensor that tells torch.distributed.checkpoint which interval of a global tensor it is."""
+
+    offset: int
+    global_numel: int
+
+    @staticmethod
+    def of(fragment: Fragment) -> _Interval:
+        interval = Tensor._make_subclass(_Interval, fragment.view.detach())
+        interval.offset, interval.global_numel = fragment.offset, fragment.global_numel
+        return interval
+
+    def size(self, *dim: int) -> Any:
+        whole = torch.Size([self.global_numel])
+        return whole[dim[0]] if dim else whole
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=torch.Size([self.offset]), sizes=torch.Size([self.numel()]))
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        data = TensorWriteData(
+            chunk=self._chunk(),
+            properties=TensorProperties.create_from_tensor(self.as_subclass(Tensor)),
+            size=torch.Size([self.global_numel]),
+        )
+        index = MetadataIndex(name, torch.Size([self.offset]))
+        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index through an unpickler that can build the index's own classes and nothing else."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        raw = (Path(self.path) / ".metadata").read_bytes()
+        metadata: Metadata = _IndexUnpickler(io.BytesIO(raw)).load()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        plain = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        if plain and name.lstrip("_")[:1].isupper():
+            return super().find_class(module, name)
+        if (module, name) in {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "dtype"),
+            ("builtins", "list"),
+            ("builtins", "dict"),
+            ("builtins", "set"),
+        }:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of moetrain holds")

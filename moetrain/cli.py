@@ -1,0 +1,320 @@
+"""`moetrain VERB key=value …`. Each verb imports only the rooms it needs: help and checks start at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetrain import __version__
+from moetrain.errors import ConfigError, MoetrainError
+from moetrain.parallel.lifeline import STOPPED
+
+if TYPE_CHECKING:
+    from moetrain.compose import Composed
+    from moetrain.config.schema import RunConfig
+    from moetrain.data.corpus import Prepared
+    from moetrain.report.screen import Baselines
+
+HELP = """moetrain: pretraining of sparse mixture-of-experts language models
+
+usage: moetrain VERB [key=value …] [--help]
+
+  train      train a model, or go on with a run that was interrupted
+  prepare    text to token files (train does it by itself)
+  sample     let a trained model write
+  config     show every setting of a run, and where each comes from
+
+examples:
+  moetrain train                                          8 experts, top-2, on two processes
+  moetrain train model.moe.num_experts=16 name=wide       another run, in runs/wide
+  moetrain train model=mixtral_8x7b --dry-run             check the settings, start nothing
+  moetrain sample prompt="My fellow citizens"
+"""
+
+TRAIN_HELP = """usage: moetrain train [key=value …] [--config-dir DIR] [--dry-run]
+
+Trains the run that the settings describe, in RUN_DIR (runs/NAME). The same command again goes on from the newest
+whole checkpoint, also after a crash and on another number of processes; a finished run shows its result.
+
+  --dry-run           check the settings and say what would run
+  --config-dir DIR    presets of your own, laid out like moetrain's: DIR/model/mine.yaml, DIR/experiment/mine.yaml
+
+exit codes: 0 finished, 2 something to mend (said in one message), 75 stopped on request and saved
+
+examples:
+  moetrain train
+  moetrain train name=long schedule.steps=2000 optim.lr=6e-4
+  moetrain train model/moe=none                           the dense model of the same active size
+  moetrain train 'data.text=[books/*.txt,notes.jsonl]' name=books
+"""
+
+PREPARE_HELP = """usage: moetrain prepare [key=value …] [--config-dir DIR]
+
+Reads data.text, trains the tokenizer (or takes data.tokenizer) and writes token files to data.prepared
+(prepared/NAME-DIGEST). What is there already is not made again.
+
+examples:
+  moetrain prepare
+  moetrain prepare 'data.text=[books/*.txt]' data.name=books model.vocab_size=16384
+  moetrain prepare data.text=wiki.parquet data.text_column=body data.tokenizer=tokenizer.json
+"""
+
+CONFIG_HELP = """usage: moetrain config [key=value …] [--config-dir DIR]
+
+Prints the settings a run would have, as YAML; beside each value, the file that set it, `command line`, `default`, or
+`worked out` from other settings.
+
+examples:
+  moetrain config
+  moetrain config model=glam_64b_64e parallel.zero_stage=2
+"""
+
+SAMPLE_HELP = """usage: moetrain sample [run_dir=DIR] [prompt=TEXT] [max_tokens=N] [temperature=X] [top_k=N] [seed=N]
+
+Writes on from a prompt with the newest whole checkpoint of a run.
+
+examples:
+  moetrain sample
+  moetrain sample run_dir=runs/tiny prompt="The state of the Union is" temperature=0.7 seed=3
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("--version", "version"):
+        print(f"moetrain {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        print(f"moetrain: there is no verb '{verb}': use {', '.join(VERBS)}; see moetrain --help", file=sys.stderr)
+        return 2
+    action, help_text = VERBS[verb]
+    if "-h" in rest or "--help" in rest:
+        print(help_text + (_preset_help() if verb != "sample" else ""))
+        return 0
+    try:
+        return action(rest)
+    except MoetrainError as error:
+        print(f"moetrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moetrain: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output left, as `moetrain config | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def train(words: Sequence[str]) -> int:
+    """The verb `train`."""
+    options = _Options.read(words, flags=("--dry-run",))
+    run, _ = _settings(options)
+    from moetrain.report import screen
+
+    if "--dry-run" in options.flags:
+        print(screen.plan_text(run))
+        return 0
+    from moetrain.launch.lock import RunLock
+
+    run_dir = Path(str(run.run_dir))
+    with RunLock(run_dir):
+        run = _prepare_run(run, run_dir)
+        if screen.is_finished(run, run_dir):
+            print(f"{run_dir} is finished; here is what it reached. For another run, set name=… or schedule.steps=…\n")
+        else:
+            print(screen.plan_text(run), flush=True)
+            from moetrain.launch.local import run_local
+
+            if run_local(run_dir, processes=run.launch.processes or 1).stopped:
+                return STOPPED
+        screen.draw(run_dir)
+        sample = "".join(_sample(run_dir=run_dir))
+        screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), sample=sample)
+    return 0
+
+
+def prepare(words: Sequence[str]) -> int:
+    """The verb `prepare`."""
+    run, _ = _settings(_Options.read(words))
+    from moetrain.report.screen import prepared_text
+
+    directory, prepared = _prepared(run)
+    print(prepared_text(directory, prepared))
+    return 0
+
+
+def config(words: Sequence[str]) -> int:
+    """The verb `config`."""
+    run, composed = _settings(_Options.read(words))
+    from moetrain.report.screen import config_text
+
+    print(config_text(run, composed=composed.settings, sources=composed.sources))
+    return 0
+
+
+def sample(words: Sequence[str]) -> int:
+    """The verb `sample`."""
+    import yaml
+
+    from moetrain.config.freeze import freeze_section
+    from moetrain.config.schema import SampleConfig
+
+    given: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError([f"'{word}' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""])
+        given[key] = value if key in ("prompt", "run_dir") else yaml.safe_load(value)
+    wanted = freeze_section(SampleConfig, given)
+    rules = (("max_tokens", wanted.max_tokens, 1), ("temperature", wanted.temperature, 0), ("top_k", wanted.top_k, 0))
+    problems = [f"{name} is {value}, but must be at least {least}" for name, value, least in rules if value < least]
+    if problems:
+        raise ConfigError(problems)
+    print(wanted.prompt, end="", flush=True)
+    for piece in _sample(**asdict(wanted) | {"run_dir": Path(wanted.run_dir)}):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+class _Options:
+    """The words after a verb: overrides, flags and the directory of own presets."""
+
+    def __init__(self) -> None:
+        self.overrides: list[str] = []
+        self.flags: set[str] = set()
+        self.config_dir: Path | None = None
+
+    @staticmethod
+    def read(words: Sequence[str], *, flags: Sequence[str] = ()) -> _Options:
+        options, problems = _Options(), []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if word in flags:
+                options.flags.add(word)
+            elif word == "--config-dir" or word.startswith("--config-dir="):
+                value = word.partition("=")[2] or (rest.pop(0) if rest else "")
+                options.config_dir = Path(value)
+                if not value or not options.config_dir.is_dir():
+                    problems.append(f"--config-dir is '{value}', but must be a directory")
+            elif word.startswith("-"):
+                problems.append(f"{word} is not an option: see --help")
+            else:
+                options.overrides.append(word)
+        if problems:
+            raise ConfigError(problems)
+        return options
+
+
+def _settings(options: _Options) -> tuple[RunConfig, Composed]:
+    from moetrain.compose import compose
+    from moetrain.config.checks import check, resolve
+    from moetrain.config.freeze import flatten, freeze, to_dict
+    from moetrain.launch.local import default_processes
+
+    composed = compose(options.overrides, config_dir=options.config_dir)
+    run = freeze(composed.settings)
+    if run.name is None:
+        run = replace(run, name=_default_name(composed.choices))
+    run = resolve(run, default_processes=default_processes())
+    check(run, flatten(to_dict(run)))
+    return run, composed
+
+
+def _default_name(choices: dict[str, str]) -> str:
+    moe = {"preset": "", "none": "-dense"}.get(choices.get("model/moe", ""), f"-{choices.get('model/moe')}")
+    return f"{choices['model']}{moe}"
+
+
+def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
+    """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
+    from moetrain.config.freeze import RUN_FILE, read_run, write_run
+    from moetrain.config.identity import differences, is_fixed
+    from moetrain.config.origin import write_origin
+
+    if (run_dir / RUN_FILE).is_file():
+        changed = differences(read_run(run_dir), run)
+        fixed = [name for name in changed if is_fixed(name)]
+        if fixed:
+            raise ConfigError(
+                [
+                    f"{name} is {changed[name][1]!r}, but {run_dir} was started with {changed[name][0]!r}: "
+                    "set it back, or choose another name=… or run_dir=… for another run"
+                    for name in fixed
+                ]
+            )
+        free = [name for name in changed if name != "data.prepared"]
+        if free:
+            print("changed since the last start: " + ", ".join(f"{n} {changed[n][0]} -> {changed[n][1]}" for n in free))
+    directory, prepared = _prepared(run)
+    run = replace(run, data=replace(run.data, prepared=str(directory.resolve())))
+    write_run(run, run_dir)
+    write_origin(run_dir, command=["moetrain", *sys.argv[1:]], data=asdict(prepared.meta))
+    return run
+
+
+def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
+    """The token files of a run, made now if they are not there."""
+    from moetrain.data.prepare import prepare as make
+    from moetrain.data.prepare import prepared_directory
+    from moetrain.metrics.console import StageBars
+
+    data = run.data
+    what = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,
+            "vocab_size": run.model.vocab_size, "tokenizer": data.tokenizer}  # fmt: skip
+    directory = Path(data.prepared) if data.prepared else prepared_directory(Path("prepared"), name=data.name, **what)
+    with StageBars("prepare") as bars:
+        return directory, make(directory, progress=bars, **what)
+
+
+def _baselines(run: RunConfig) -> Baselines:
+    from moetrain.data.corpus import read_meta
+    from moetrain.report.screen import Baselines
+
+    found = read_meta(Path(str(run.data.prepared))).baselines
+    return Baselines(trigram=found.trigram, xz=found.xz)
+
+
+def _sample(**wanted: Any) -> Any:
+    from tokenizers import Tokenizer
+
+    from moetrain.config.schema import SampleConfig
+    from moetrain.data.corpus import open_prepared
+    from moetrain.hub.generate import generate, load_model
+
+    defaults = asdict(SampleConfig())
+    wanted = defaults | wanted
+    run, gpt = load_model(wanted.pop("run_dir"), warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    tokenizer = Tokenizer.from_file(str(open_prepared(Path(str(run.data.prepared))).tokenizer_path))
+    return generate(gpt, tokenizer, context=run.model.context, **wanted)
+
+
+def _preset_help() -> str:
+    from moetrain.compose import presets
+
+    lines = ["\nmodels (model=NAME):"]
+    lines += [f"  {name:<18} {title}" for name, title in presets("model").items()]
+    lines += ["\nsparse blocks (model/moe=NAME):"]
+    lines += [f"  {name:<18} {title}" for name, title in presets("model/moe").items()]
+    return "\n".join(lines)
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, TRAIN_HELP),
+    "prepare": (prepare, PREPARE_HELP),
+    "sample": (sample, SAMPLE_HELP),
+    "config": (config, CONFIG_HELP),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Rules across fields. All broken ones are told at once: field, value, rule, a way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, RunConfig, ScheduleConfig
+from moetrain.errors import ConfigError
+
+CHOICES = {
+    "model.activation": ("swiglu", "geglu", "gelu", "relu"),
+    "model.moe.activation": ("swiglu", "geglu", "gelu", "relu"),
+    "model.moe.router": ("top_k",),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.positions": ("rope", "learned"),
+    "model.dtype": ("fp32", "bf16"),
+    "schedule.kind": ("cosine", "linear", "wsd", "constant"),
+    "launch.kind": ("local",),
+    "log.wandb": ("auto", "online", "offline", "off"),
+    "parallel.zero_stage": (0, 1, 2),
+}
+POSITIVE = (
+    "model.vocab_size", "model.context", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",
+    "model.d_head", "model.d_ff", "model.norm_eps", "model.rope_theta", "model.init_std", "model.moe.num_experts",
+    "model.moe.top_k", "model.moe.d_expert", "model.moe.every", "batch.global_batch", "batch.micro_batch",
+    "batch.sequence_length", "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
+    "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "evaluate.every_steps",
+    "evaluate.max_sequences", "log.every_steps", "log.peak_tflops",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "model.moe.balance_weight", "model.moe.z_weight", "optim.weight_decay", "optim.clip",
+    "schedule.warmup_steps", "schedule.warmup_tokens",
+)  # fmt: skip
+
+
+def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
+    """Fill in the settings left to be worked out, so that ``run.yaml`` says what happens.
+
+    Args:
+        default_processes: processes to start on this machine when the user named no number.
+    """
+    processes = run.launch.processes or default_processes
+    expert_parallel = run.parallel.expert_parallel
+    if expert_parallel is None:
+        expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
+    return replace(
+        run,
+        run_dir=run.run_dir or f"runs/{run.name}",
+        batch=replace(run.batch, sequence_length=run.batch.sequence_length or run.model.context),
+        launch=replace(run.launch, processes=processes),
+        parallel=replace(run.parallel, expert_parallel=expert_parallel),
+    )
+
+
+def check(run: RunConfig, flat: dict[str, object]) -> None:
+    """Hold a resolved run against every rule.
+
+    Args:
+        run: the settings, resolved.
+        flat: the same by dotted name (``freeze.flatten``).
+
+    Raises:
+        ConfigError: with every broken rule.
+    """
+    problems = list(_single_fields(flat))
+    # rules across fields divide by numbers: they wait until each number by itself is sound
+    if not problems:
+        problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def steps_in_run(schedule: ScheduleConfig, *, tokens_per_step: int) -> int:
+    """Optimizer steps of the whole run."""
+    return in_steps(schedule.steps, schedule.tokens, tokens_per_step=tokens_per_step) or 0
+
+
+def in_steps(steps: int | None, tokens: int | None, *, tokens_per_step: int) -> int | None:
+    """A length given in steps or in tokens, in steps; tokens are rounded up to whole steps."""
+    return steps if tokens is None else math.ceil(tokens / tokens_per_step)
+
+
+def _single_fields(flat: dict[str, object]) -> Iterator[str]:
+    for name, allowed in CHOICES.items():
+        value = flat.get(name)
+        if value is not None and value not in allowed:
+            yield f"{name} is {value!r}, but must be one of {', '.join(map(str, allowed))}"
+    for names, rule, holds in ((POSITIVE, "above 0", _is_positive), (NOT_NEGATIVE, "at least 0", _is_not_negative)):
+        for name in names:
+            value = flat.get(name)
+            if isinstance(value, (int, float)) and not holds(value):
+                yield f"{name} is {value:,}, but must be {rule}"
+    for name in ("optim.beta1", "optim.beta2"):
+        value = flat.get(name)
+        if isinstance(value, float) and not 0 <= value < 1:
+            yield f"{name} is {value}, but must lie in [0, 1)"
+    held_out = flat.get("data.held_out")
+    if isinstance(held_out, float) and not 0 < held_out <= 0.5:
+        yield f"data.held_out is {held_out}, but must lie in (0, 0.5]: it is a share of the documents"
+    ratio = flat.get("schedule.min_lr_ratio")
+    if isinstance(ratio, float) and not 0 <= ratio <= 1:
+        yield f"schedule.min_lr_ratio is {ratio}, but must lie in [0, 1]"
+    if not flat.get("data.text"):
+        yield "data.text is empty, but must name at least one file, directory, glob or builtin corpus"
+    if flat.get("name") == "":
+        yield "name is empty, but names the run's directory"
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _is_not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    if model.d_head is None and model.d_model % model.num_heads:
+        yield (
+            f"model.d_model is {model.d_model}, but must be a multiple of model.num_heads, {model.num_heads}: "
+            "choose another number of heads, or set model.d_head"
+        )
+    d_head = model.d_head or model.d_model // model.num_heads
+    if model.positions == "rope" and d_head % 2:
+        yield f"model.d_head is {d_head}, but must be even for model.positions=rope"
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads is {model.num_kv_heads}, but must divide model.num_heads, {model.num_heads}: "
+            f"use one of {_divisors(model.num_heads)}"
+        )
+    if model.moe is not None:
+        yield from _moe(model.moe, num_layers=model.num_layers)
+
+
+def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
+    if moe.top_k > moe.num_experts:
+        yield f"model.moe.top_k is {moe.top_k}, but must be at most model.moe.num_experts, {moe.num_experts}"
+    if moe.every > num_layers:
+        yield (
+            f"model.moe.every is {moe.every}, but must be at most model.num_layers, {num_layers}: no block would be "
+            "sparse; for a dense model use model/moe=none"
+        )
+
+
+def _layout(run: RunConfig) -> Iterator[str]:
+    expert_parallel, world_size = run.parallel.expert_parallel or 1, run.launch.processes or 1
+    if world_size % expert_parallel:
+        yield (
+            f"parallel.expert_parallel is {expert_parallel}, but must divide the world size, {world_size}: "
+            f"use one of {_divisors(world_size)}"
+        )
+    if run.model.moe is None:
+        if expert_parallel > 1:
+            yield f"parallel.expert_parallel is {expert_parallel}, but the model is dense: use 1"
+    elif run.model.moe.num_experts % expert_parallel:
+        experts = run.model.moe.num_experts
+        above = math.ceil(experts / expert_parallel) * expert_parallel
+        yield (
+            f"model.moe.num_experts is {experts}, but must be a multiple of parallel.expert_parallel, "
+            f"{expert_parallel}: use {' or '.join(str(n) for n in (above - expert_parallel, above) if n)}, "
+            f"or an expert_parallel of {_divisors(experts)}"
+        )
+
+
+def _batch(run: RunConfig) -> Iterator[str]:
+    batch: BatchConfig = run.batch
+    per_pass = batch.micro_batch * (run.launch.processes or 1)
+    if batch.global_batch % per_pass:
+        above = math.ceil(batch.global_batch / per_pass) * per_pass
+        near = " or ".join(str(n) for n in (above - per_pass, above) if n)
+        yield (
+            f"batch.global_batch is {batch.global_batch}, but must be a multiple of batch.micro_batch x world size, "
+            f"{batch.micro_batch} x {run.launch.processes} = {per_pass}: use {near}, or another micro_batch"
+        )
+    if batch.sequence_length and batch.sequence_length > run.model.context:
+        yield (
+            f"batch.sequence_length is {batch.sequence_length}, but must be at most model.context, "
+            f"{run.model.context}"
+        )
+
+
+def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
+    lengths = (
+        ("steps", "tokens", schedule.steps, schedule.tokens),
+        ("warmup_steps", "warmup_tokens", schedule.warmup_steps, schedule.warmup_tokens),
+        ("decay_steps", "decay_tokens", schedule.decay_steps, schedule.decay_tokens),
+    )
+    for in_steps_name, in_tokens_name, steps, tokens in lengths:
+        if steps is not None and tokens is not None:
+            yield (
+                f"schedule.{in_steps_name} is {steps:,} and schedule.{in_tokens_name} is {tokens:,}, "
+                "but only one may be set: set the other to null"
+            )
+    if schedule.steps is None and schedule.tokens is None:
+        yield "schedule.steps and schedule.tokens are both null, but one must say how long the run is"
+    if schedule.kind != "wsd" and (schedule.decay_steps or schedule.decay_tokens):
+        yield f"schedule.decay_steps is set, but schedule.kind is {schedule.kind}: it belongs to wsd alone"
+
+
+def _engine(run: RunConfig) -> Iterator[str]:
+    if run.parallel.zero_stage == 0 and run.model.dtype == "bf16":
+        yield (
+            "parallel.zero_stage is 0, but must be 1 or 2 with model.dtype=bf16: DeepSpeed 0.19 takes a wrong first "
+            "Adam step at stage 0 in bf16"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,159 @@
+"""Plain dict <-> RunConfig. Every unknown key and wrong type is told, at once, with the nearest known name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.config.schema import RunConfig
+from moetrain.errors import ConfigError
+
+RUN_FILE = "run.yaml"
+Section = typing.TypeVar("Section")
+
+
+def freeze(settings: dict[str, Any]) -> RunConfig:
+    """Turn a composed dict into the settings of a run.
+
+    Raises:
+        ConfigError: unknown keys, missing sections or values of the wrong type; all of them.
+    """
+    return freeze_section(RunConfig, settings)
+
+
+def freeze_section(section: type[Section], settings: dict[str, Any]) -> Section:
+    """The same for the settings of one verb or section, a dataclass.
+
+    Raises:
+        ConfigError: as ``freeze``.
+    """
+    problems: list[str] = []
+    built = _build(section, settings, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return typing.cast(Section, built)
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """The settings as nested plain dicts."""
+    return dataclasses.asdict(run)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to ``{"model.moe.top_k": 2, …}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def setting_names() -> set[str]:
+    """Every section and setting there is, dotted."""
+    return set(_names(RunConfig, ""))
+
+
+def suggest(name: str, known: set[str]) -> str:
+    """' ; did you mean …' for the nearest known name, or nothing."""
+    # a name right but for its section is the commonest slip: compare last parts too
+    by_last_part = [each for each in sorted(known) if each.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or by_last_part
+    if not near:
+        last = {each.rsplit(".", 1)[-1]: each for each in sorted(known)}
+        near = [last[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def write_run(run: RunConfig, directory: Path) -> None:
+    """Write ``run.yaml`` in one step: a reader sees the old file or the new one, never half of one."""
+    path = directory / RUN_FILE
+    partial = path.with_suffix(".yaml.partial")
+    partial.write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
+    os.replace(partial, path)
+
+
+def read_run(directory: Path) -> RunConfig:
+    """The settings of the run in ``directory``.
+
+    Raises:
+        ConfigError: no run there, or its file does not fit this version.
+    """
+    path = directory / RUN_FILE
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError([f"{path} does not exist: name the directory of a run, e.g. run_dir=runs/tiny"]) from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} cannot be read: {error}"]) from None
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{path} holds no settings"])
+    return freeze(settings)
+
+
+def _names(section: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(section)
+    for each in dataclasses.fields(section):
+        yield prefix + each.name
+        nested = _section_of(hints[each.name])
+        if nested is not None:
+            yield from _names(nested, f"{prefix}{each.name}.")
+
+
+def _section_of(hint: Any) -> type | None:
+    for option in _options(hint):
+        if dataclasses.is_dataclass(option):
+            return typing.cast(type, option)
+    return None
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _build(section: type, settings: Any, prefix: str, problems: list[str]) -> Any:
+    if not isinstance(settings, dict):
+        problems.append(f"'{prefix.rstrip('.')}' is {settings!r}, but must be a section of settings")
+        return None
+    hints = typing.get_type_hints(section)
+    known = {each.name for each in dataclasses.fields(section)}
+    for key in settings:
+        if key not in known:
+            hint = suggest(f"{prefix}{key}", setting_names() if section is RunConfig or prefix else known)
+            problems.append(f"'{prefix}{key}' is not a setting{hint or '; see `moetrain config` for those there are'}")
+    values = {
+        name: _value(hints[name], settings[name], f"{prefix}{name}", problems) for name in known if name in settings
+    }
+    return section(**values)
+
+
+def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    options = _options(hint)
+    if value is None and type(None) in options:
+        return None
+    nested = _section_of(hint)
+    if nested is not None:
+        return _build(nested, value, f"{name}.", problems)
+    kind = next(each for each in options if each is not type(None))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(kind) is list:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return list(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of texts")
+    or_null = " or null" if type(None) in options else ""
+    problems.append(f"'{name}' is {value!r}, but must be {wanted}{or_null}")
+    return value

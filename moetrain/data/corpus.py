@@ -1,0 +1,275 @@
+"""Token files: a prepared directory, as it lies on disk.
+
+train.bin  held_out.bin                       token ids, every document followed by the end-of-text token;
+                                              little-endian uint16 if the vocabulary has at most 65,536 entries,
+                                              else uint32
+train.documents.npy  held_out.documents.npy   int64, where each document starts, in tokens
+tokenizer.json                                what made the ids
+meta.json                                     counts, digests, sources, baselines; written last, so a directory
+                                              without it is an unfinished one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moetrain.data.tokenizer import fingerprint, load_tokenizer
+from moetrain.errors import DataError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "held_out")
+TOKENIZER = "tokenizer.json"
+META = "meta.json"
+FILES = frozenset({TOKENIZER, META} | {f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".documents.npy")})
+
+
+@dataclass(frozen=True)
+class Split:
+    """What ``meta.json`` says about one split."""
+
+    documents: int
+    tokens: int  # with the end-of-text tokens
+    bytes: int  # of UTF-8 text, without any end-of-text token: the denominator of bits per byte
+    sha256: str  # of the .bin file
+    documents_sha256: str  # of the .documents.npy file
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that the text came from."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What needs no training, on the held-out text, in bits per byte (see ``baselines.py``)."""
+
+    xz: float
+    trigram: float
+    train_bytes: int  # of training text that the trigram counts
+    held_out_bytes: int  # of held-out text that both are measured on
+    truncated: bool  # whether either is only the beginning of that text
+
+
+@dataclass(frozen=True)
+class Meta:
+    """All of ``meta.json``."""
+
+    format_version: int
+    vocab_size: int  # ids are below it
+    end_of_text: int  # id of the token that ends a document
+    tokenizer_fingerprint: str
+    empty_documents: int  # passed over
+    train: Split
+    held_out: Split
+    sources: tuple[Source, ...]
+    baselines: Baselines
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The tokens of one split, read from disk as they are needed."""
+
+    path: Path
+    tokens: np.memmap[Any, np.dtype[np.unsignedinteger[Any]]]  # [num_tokens]
+    documents: npt.NDArray[np.int64]  # [num_documents], start of each
+    num_bytes: int  # of UTF-8 text
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A whole prepared directory."""
+
+    directory: Path
+    tokenizer_path: Path
+    train: TokenFile
+    held_out: TokenFile
+    meta: Meta
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it; ``model.vocab_size`` must be at least this."""
+        return self.meta.vocab_size
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The type of the ids in a .bin file."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+def open_prepared(directory: Path, *, verify: bool = False) -> Prepared:
+    """Open a prepared directory.
+
+    Args:
+        directory: what ``prepare`` wrote.
+        verify: read every file and compare its sha256; without it only names, sizes and counts are checked.
+
+    Raises:
+        DataError: the directory is missing, unfinished, of another format version, or a file does not fit its meta.
+    """
+    meta = read_meta(directory)
+    tokenizer_path = directory / TOKENIZER
+    if not tokenizer_path.is_file():
+        raise DataError(f"{tokenizer_path} is missing: {_redo(directory)}")
+    if verify:
+        _check_tokenizer(tokenizer_path, meta=meta)
+    return Prepared(
+        directory=directory,
+        tokenizer_path=tokenizer_path,
+        train=_open_split(directory, "train", meta=meta, verify=verify),
+        held_out=_open_split(directory, "held_out", meta=meta, verify=verify),
+        meta=meta,
+    )
+
+
+def read_meta(directory: Path) -> Meta:
+    """``meta.json`` of a prepared directory.
+
+    Raises:
+        DataError: it is missing, unreadable, or of another format version.
+    """
+    path = directory / META
+    if not path.is_file():
+        what = "is an unfinished one (it has no meta.json)" if directory.is_dir() else "does not exist"
+        raise DataError(f"the prepared directory {directory} {what}: {_redo(directory)}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): {_redo(directory)}") from error
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}, but this moetrain reads version {FORMAT_VERSION}: {_redo(directory)}"
+        )
+    try:
+        return Meta(
+            **values
+            | {split: Split(**values[split]) for split in SPLITS}
+            | {"sources": tuple(Source(**source) for source in values["sources"])}
+            | {"baselines": Baselines(**values["baselines"])}
+        )
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path} is damaged ({error}): {_redo(directory)}") from error
+
+
+def write_meta(directory: Path, *, meta: Meta) -> None:
+    """Write ``meta.json``, the last file of a directory, by way of a file beside it."""
+    beside = directory / f"{META}.tmp"
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(asdict(meta), file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, directory / META)
+
+
+class SplitWriter:
+    """Writes the files of one split document by document; only the starts of the documents stay in memory."""
+
+    def __init__(self, directory: Path, *, split: str, vocab_size: int) -> None:
+        self._dtype = token_dtype(vocab_size)
+        self._starts_path = directory / f"{split}.documents.npy"
+        self._file = open(directory / f"{split}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
+        self._digest = hashlib.sha256()
+        self._starts = array("q")
+        self._tokens = 0
+        self._bytes = 0
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a full disk was told by the write before; closing tries once more
+            self._file.close()
+
+    def add(self, ids: Sequence[int], *, num_bytes: int) -> None:
+        """One document: its ids, the end-of-text token included, and how many bytes of UTF-8 text it was."""
+        data = np.asarray(ids, dtype=self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._starts.append(self._tokens)
+        self._tokens += len(ids)
+        self._bytes += num_bytes
+
+    def finish(self) -> Split:
+        """Bring everything to the disk, and say what is there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        with open(self._starts_path, "wb") as file:
+            np.save(file, np.asarray(self._starts, dtype="<i8"), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        return Split(
+            documents=len(self._starts),
+            tokens=self._tokens,
+            bytes=self._bytes,
+            sha256=self._digest.hexdigest(),
+            documents_sha256=file_sha256(self._starts_path),
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _open_split(directory: Path, split: str, *, meta: Meta, verify: bool) -> TokenFile:
+    path, starts_path = directory / f"{split}.bin", directory / f"{split}.documents.npy"
+    told: Split = getattr(meta, split)
+    for file in (path, starts_path):
+        if not file.is_file():
+            raise DataError(f"{file} is missing: {_redo(directory)}")
+    dtype = token_dtype(meta.vocab_size)
+    size, expected = path.stat().st_size, told.tokens * dtype.itemsize
+    if size != expected:
+        raise DataError(f"{path} has {size:,} bytes, but {META} tells {expected:,}: {_redo(directory)}")
+    try:
+        starts = np.load(starts_path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{starts_path} is damaged ({error}): {_redo(directory)}") from error
+    if starts.shape != (told.documents,) or starts.dtype != np.int64:
+        raise DataError(
+            f"{starts_path} holds {starts.dtype} {starts.shape}, but {META} tells {told.documents:,} documents: "
+            + _redo(directory)
+        )
+    if verify:
+        for file, digest in ((path, told.sha256), (starts_path, told.documents_sha256)):
+            if file_sha256(file) != digest:
+                raise DataError(f"{file} does not have the sha256 that {META} tells: {_redo(directory)}")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    return TokenFile(path=path, tokens=tokens, documents=starts, num_bytes=told.bytes)
+
+
+def _check_tokenizer(path: Path, *, meta: Meta) -> None:
+    if fingerprint(load_tokenizer(path)) != meta.tokenizer_fingerprint:
+        raise DataError(f"{path} is not the tokenizer that made the tokens: {_redo(path.parent)}")
+
+
+def _redo(directory: Path) -> str:
+    return f"remove {directory} and prepare the data again, or copy it again from where it is whole"

@@ -1,0 +1,200 @@
+"""Batches: what each rank reads at each step, as pure functions; nothing is kept between steps, so resuming is free.
+
+    training tokens   t0 t1 t2 t3 t4 t5 t6 ...         S = sequence_length, here 2
+    sequence 0        t0 t1 t2                         S+1 tokens: the first S go in, the last S come out
+    sequence 1              t2 t3 t4                   the next one starts on the last token of this one
+    sample            step * global_batch + i          counted over the whole run
+    sequence of it    permutation(epoch)[sample % n]   n sequences, epoch = sample // n
+
+Shape suffixes: B global batch, A micro-batches of a step on one rank, M micro_batch, S sequence_length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moetrain.errors import ConfigError, DataError
+
+NOT_COUNTED = -1
+"""The target of padding."""
+
+_ROUNDS = 8  # four make a permutation look random on large domains (Luby and Rackoff 1988); small ones need more
+
+
+class Batches:
+    """The training batches; the one at step s is a function of the tokens, the seed and s alone.
+
+    Each sequence comes once in an epoch, in an order of that epoch's own. A batch may reach over the end of an epoch.
+
+    Args:
+        tokens: [N] token ids of the training split.
+        sequence_length: S, tokens per sequence.
+        global_batch: B, sequences per step over all ranks.
+        seed: the order follows from it.
+
+    Raises:
+        DataError: the tokens do not make one sequence.
+    """
+
+    def __init__(self, tokens: npt.NDArray[Any], *, sequence_length: int, global_batch: int, seed: int) -> None:
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        self._global_batch = global_batch
+        self._seed = seed
+        self.sequences_per_epoch = (len(tokens) - 1) // sequence_length
+        if self.sequences_per_epoch < 1:
+            raise DataError(
+                f"the training text has {len(tokens):,} tokens, but one sequence takes {sequence_length + 1:,} "
+                "(batch.sequence_length and one to predict): add text, or set a smaller batch.sequence_length"
+            )
+
+    def at(self, step: int) -> npt.NDArray[np.int64]:
+        """[B, S+1]: all sequences of a step, over all ranks."""
+        return self._read(np.arange(self._global_batch), step=step)
+
+    def rank_slice(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> npt.NDArray[np.int64]:
+        """[A, M, S+1]: what one rank reads at a step, and nothing else is read.
+
+        Row i of ``at(step)`` belongs to micro-batch i // (world_size * micro_batch), and there to rank
+        i // micro_batch % world_size, whatever the layout; so every layout trains on the same batch.
+
+        Raises:
+            ConfigError: the global batch does not divide into the ranks' micro-batches.
+        """
+        in_all_ranks = world_size * micro_batch
+        if self._global_batch % in_all_ranks:
+            raise ConfigError(
+                [
+                    f"batch.global_batch is {self._global_batch}, but must be a multiple of ranks x batch.micro_batch, "
+                    f"{world_size} x {micro_batch} = {in_all_ranks}"
+                ]
+            )
+        rows = np.arange(self._global_batch).reshape(-1, world_size, micro_batch)[:, rank]
+        sequences = self._read(rows.reshape(-1), step=step)
+        return sequences.reshape(*rows.shape, self._sequence_length + 1)
+
+    def fingerprint(self, step: int) -> str:
+        """sha256 of ``at(step)`` as little-endian int64: equal runs read equal batches."""
+        return hashlib.sha256(self.at(step).astype("<i8").tobytes()).hexdigest()
+
+    def _read(self, rows: npt.NDArray[np.int64], *, step: int) -> npt.NDArray[np.int64]:
+        assert step >= 0, step
+        epochs, places = np.divmod(step * self._global_batch + rows, self.sequences_per_epoch)
+        sequences = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            sequences[now] = permute(places[now], size=self.sequences_per_epoch, seed=self._seed, epoch=int(epoch))
+        starts = sequences * self._sequence_length
+        return np.stack([self._tokens[start : start + self._sequence_length + 1] for start in starts]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class HeldOutBatch:
+    """One micro-batch of held-out text."""
+
+    tokens_MS: npt.NDArray[np.int64]  # what goes in; 0 where there is only padding
+    targets_MS: npt.NDArray[np.int64]  # what comes next; NOT_COUNTED where there is only padding
+
+
+def held_out_batches(
+    tokens: npt.NDArray[Any],
+    *,
+    sequence_length: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    max_sequences: int | None,
+) -> Iterator[HeldOutBatch]:
+    """The held-out text for one rank: over all ranks, every token but the first is a target exactly once.
+
+    Every rank gets the same number of batches, all of the same shape, for a forward pass holds collectives that all
+    ranks must enter: what the last sequence, the last batch or the last ranks lack is padding, which causal attention
+    keeps away from the rest. Whoever counts anything on these batches must leave out the places where the target is
+    ``NOT_COUNTED``.
+
+    Args:
+        tokens: [N] token ids of the held-out split.
+        sequence_length: S, tokens per sequence; the last one may be shorter.
+        rank: this rank.
+        world_size: all of them.
+        micro_batch: M, sequences per batch.
+        max_sequences: read only so many, evenly spread over the text, the same ones every time; None: all.
+
+    Raises:
+        DataError: there are fewer than two tokens, so nothing can be predicted.
+    """
+    if len(tokens) < 2:
+        raise DataError(
+            f"the held-out text has {len(tokens)} tokens, too few to predict one: set a larger data.held_out"
+        )
+    assert max_sequences is None or max_sequences > 0, max_sequences
+    total = -(-(len(tokens) - 1) // sequence_length)
+    used = total if max_sequences is None else min(total, max_sequences)
+    sequences = np.arange(used) * total // used
+    offset = rank * micro_batch
+    return (
+        _held_out_batch(
+            tokens, sequences[first : first + micro_batch], sequence_length=sequence_length, micro_batch=micro_batch
+        )
+        for first in range(offset, offset + used, world_size * micro_batch)
+    )
+
+
+def _held_out_batch(
+    tokens: npt.NDArray[Any], sequences: npt.NDArray[np.int64], *, sequence_length: int, micro_batch: int
+) -> HeldOutBatch:
+    tokens_MS = np.zeros((micro_batch, sequence_length), dtype=np.int64)
+    targets_MS = np.full((micro_batch, sequence_length), NOT_COUNTED, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        start = int(sequence) * sequence_length
+        piece = tokens[start : start + sequence_length + 1]
+        tokens_MS[row, : len(piece) - 1] = piece[:-1]
+        targets_MS[row, : len(piece) - 1] = piece[1:]
+    return HeldOutBatch(tokens_MS=tokens_MS, targets_MS=targets_MS)
+
+
+def permute(places: npt.NDArray[np.int64], *, size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Where a permutation of range(size), one for each seed and epoch, sends some places; without a table.
+
+    A Feistel network is a bijection on numbers of an even count of bits; a result beyond ``size`` is sent through again
+    until it falls inside, which keeps it a bijection ("cycle walking", Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains", section 4). The domain is at most four times ``size``, so that takes few rounds.
+
+    Args:
+        places: any shape, each in range(size).
+        size: how many there are.
+        seed: of the run.
+        epoch: how often all of them have been read before.
+    """
+    half_bits = max(1, -(-(size - 1).bit_length() // 2))
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS, person=b"moetrain epoch").digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+    result = _feistel(places.astype(np.uint64), keys=keys, half_bits=half_bits)
+    while (outside := result >= size).any():
+        result[outside] = _feistel(result[outside], keys=keys, half_bits=half_bits)
+    return result.astype(np.int64)
+
+
+def _feistel(
+    numbers: npt.NDArray[np.uint64], *, keys: npt.NDArray[np.uint64], half_bits: int
+) -> npt.NDArray[np.uint64]:
+    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = numbers >> bits, numbers & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    result: npt.NDArray[np.uint64] = left << bits | right
+    return result
+
+
+def _mix(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")."""
+    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    result: npt.NDArray[np.uint64] = numbers ^ numbers >> np.uint64(31)
+    return result

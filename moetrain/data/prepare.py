@@ -1,0 +1,168 @@
+"""From text to token files: where they go, and how a directory of them becomes whole at one moment or not at all."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from moetrain.data.build import Progress, build_token_files, check_fits, source_sha256
+from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, file_sha256, open_prepared
+from moetrain.data.text import expand
+from moetrain.errors import DataError
+
+_HASH_LIMIT = 64 << 20  # bytes; larger sources are told apart by size and time of change, not by content
+
+
+def prepared_directory(
+    base: Path,
+    *,
+    name: str,
+    text: Sequence[str],
+    text_column: str,
+    held_out: float,
+    vocab_size: int,
+    tokenizer: str | None,
+) -> Path:
+    """BASE/NAME-DIGEST: where ``prepare`` should put these settings' token files.
+
+    The digest covers the settings and the text itself, not where it lies: of sources below 64 MiB the content, of
+    larger ones size and time of change. Changed text therefore gives another directory.
+
+    Raises:
+        DataError: the text or the tokenizer file cannot be found, or ``name`` is not a file name.
+    """
+    if Path(name).name != name:
+        raise DataError(f"data.name is {name!r}, but it becomes part of a directory's name: leave out '/' and '..'")
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise DataError(f"data.tokenizer is {tokenizer!r}, but there is no such file: name a tokenizer.json")
+    covered = {
+        "format_version": FORMAT_VERSION,
+        "sources": [_source_key(path) for path in expand(text)],
+        "text_column": text_column,
+        "held_out": held_out,
+        "vocab_size": vocab_size,
+        "tokenizer": None if tokenizer is None else file_sha256(Path(tokenizer)),
+    }
+    digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+    return base / f"{name}-{digest[:8]}"
+
+
+def prepare(
+    directory: Path,
+    *,
+    text: Sequence[str],
+    text_column: str,
+    held_out: float,
+    vocab_size: int,
+    tokenizer: str | None,
+    progress: Progress,
+) -> Prepared:
+    """Make the token files, unless they are there.
+
+    A whole directory is opened as it is: what is in it counts, whatever the other settings say, as long as its
+    vocabulary fits. Several processes may prepare the same directory at once; the first to finish wins.
+
+    Args:
+        directory: of the token files; made whole by one rename, so that a crash leaves nothing that opens.
+        text: patterns, see ``text.expand``.
+        text_column: see ``text.read_documents``.
+        held_out: share of the documents kept for evaluation; which ones depends on their text alone.
+        vocab_size: rows of the model's embedding; the tokenizer trained here has at most so many entries.
+        tokenizer: path of a tokenizer.json, or None to train one on the training documents.
+        progress: see ``build.Progress``.
+
+    Raises:
+        DataError: the text cannot be read or has fewer than two different documents, the tokenizer does not fit, the
+            directory holds other things, or the disk is full.
+    """
+    if (directory / META).exists():
+        return _fitting(open_prepared(directory), vocab_size=vocab_size)
+    files = expand(text)
+    _refuse_foreign(directory)
+    try:
+        partial = _fresh_partial(directory)
+        try:
+            build_token_files(
+                partial,
+                files,
+                text_column=text_column,
+                held_out=held_out,
+                vocab_size=vocab_size,
+                tokenizer=tokenizer,
+                progress=progress,
+            )
+            _commit(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise DataError(
+            f"{directory} cannot be written ({what}); nothing was left there: make room, or set data.prepared to a "
+            "directory on another disk"
+        ) from error
+    return _fitting(open_prepared(directory), vocab_size=vocab_size)
+
+
+def _fitting(prepared: Prepared, *, vocab_size: int) -> Prepared:
+    check_fits(prepared.vocab_size, what=f"the prepared directory {prepared.directory}", vocab_size=vocab_size)
+    return prepared
+
+
+def _source_key(path: Path) -> list[str | int]:
+    status = path.stat()
+    if status.st_size < _HASH_LIMIT:
+        return [path.name, status.st_size, source_sha256(path)]
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Only an unfinished directory of ours is ours to replace."""
+    if not directory.exists():
+        return
+    foreign = ["(it is a file)"] if not directory.is_dir() else sorted(set(os.listdir(directory)) - FILES)
+    if foreign:
+        raise DataError(
+            f"{directory} is to hold the token files, but there are other things in it, such as {foreign[0]}: "
+            "set data.prepared to a new or an empty directory"
+        )
+
+
+def _fresh_partial(directory: Path) -> Path:
+    """An empty directory beside the final one, this process's own; those of dead processes are removed."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    stem = f"{directory.name}.partial-{socket.gethostname()}-"
+    for leftover in directory.parent.glob(f"{glob.escape(stem)}*"):
+        pid = leftover.name.removeprefix(stem)
+        if pid == str(os.getpid()) or (pid.isdigit() and not _is_alive(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    partial = directory.with_name(f"{stem}{os.getpid()}")
+    partial.mkdir()
+    return partial
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _commit(partial: Path, directory: Path) -> None:
+    if directory.exists() and not (directory / META).exists():
+        shutil.rmtree(directory)
+    try:
+        os.rename(partial, directory)
+    except OSError:
+        # Another process was faster, and its files are as good as ours.
+        if not (directory / META).exists():
+            raise

@@ -1,0 +1,94 @@
+"""Text to token ids: byte-level BPE (Radford et al. 2019, GPT-2, section 2.2), trained here or brought along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moetrain.errors import DataError
+
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+"""Names of the token that ends a document, the first one present counts: GPT-2, Llama 2, Llama 3, Gemma."""
+
+
+def train_tokenizer(documents: Iterator[str], *, vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE; the same documents give the same tokenizer.
+
+    Id 0 is ``<|endoftext|>``, ids 1 to 256 are the bytes, so that every text comes back as it was, and the rest are
+    merges seen at least twice. Small texts hold fewer of those than asked for; the vocabulary is then smaller.
+
+    Args:
+        documents: the training documents; read once, not kept.
+        vocab_size: entries at most.
+
+    Raises:
+        DataError: ``vocab_size`` is less than the 257 entries that are always there.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise DataError(
+            f"model.vocab_size is {vocab_size}, but a byte-level tokenizer has at least {len(alphabet) + 1} entries "
+            f"(the bytes and {END_OF_TEXT[0]}): set model.vocab_size={len(alphabet) + 1} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT[0]],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer=trainer)
+    return _as_plain_text(tokenizer)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a ``tokenizer.json``; its truncation and padding are switched off, documents are tokenized whole.
+
+    Raises:
+        DataError: the file is missing, is not a tokenizer, or has no end-of-text token.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file: a tokenizer is one file, as a rule called tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare Exception
+        raise DataError(
+            f"{path} is not a tokenizer file ({error}): give a tokenizer.json as the tokenizers library writes it"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if all(tokenizer.token_to_id(name) is None for name in END_OF_TEXT):
+        raise DataError(
+            f"{path} has no end-of-text token, which must stand between documents: add one of {', '.join(END_OF_TEXT)}"
+        )
+    return _as_plain_text(tokenizer)
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """Id of the token that ends a document."""
+    ids = [tokenizer.token_to_id(name) for name in END_OF_TEXT]
+    return next(int(id_) for id_ in ids if id_ is not None)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: the rows an embedding needs. Ids may have holes, so it is not the entry count."""
+    return 1 + max(int(id_) for id_ in tokenizer.get_vocab(with_added_tokens=True).values())
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's JSON with sorted keys and no white space; the same for equal tokenizers."""
+    canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    # A document that spells "<|endoftext|>" must not end there: special tokens are ours to add, not the text's.
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,0 +1,85 @@
+"""A trained model writes text: the newest checkpoint of a run, read by one process whatever the run's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from moetrain.checkpoint.state import Fragment, load, newest_whole
+from moetrain.config.freeze import read_run
+from moetrain.config.schema import RunConfig
+from moetrain.data.tokenizer import end_of_text
+from moetrain.errors import CheckpointError
+from moetrain.model.build import build_model
+from moetrain.model.gpt import GPT
+
+
+def load_model(run_dir: Path, *, warn: Callable[[str], None]) -> tuple[RunConfig, GPT]:
+    """The model of the newest whole checkpoint, every expert in this process, in float32.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit its settings.
+    """
+    run = read_run(run_dir)
+    newest = newest_whole(run_dir / "checkpoints", warn=warn)
+    if newest is None:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
+    gpt = build_model(run.model)
+    fragments = [
+        Fragment(f"{name}/fp32", parameter.detach().view(-1), 0, parameter.numel())
+        for name, parameter in gpt.named_parameters()
+    ]
+    load(newest[0], fragments, group=None)
+    return run, gpt.eval()
+
+
+@torch.no_grad()
+def generate(
+    gpt: GPT,
+    tokenizer: Tokenizer,
+    *,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    context: int,
+) -> Iterator[str]:
+    """Write on from a prompt, piece by piece, until the document ends.
+
+    Args:
+        prompt: empty: a new document.
+        max_tokens: tokens at most.
+        temperature: divides the scores; 0: the likeliest token, always.
+        top_k: draw among this many likeliest tokens; 0: among all.
+        seed: same seed, same text.
+        context: tokens the model looks back at most.
+
+    Yields:
+        Text that is complete: a character of several bytes comes out when its last byte is there.
+    """
+    end = end_of_text(tokenizer)
+    ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    generator = torch.Generator().manual_seed(seed)
+    start, shown = len(ids), ""
+    for _ in range(max_tokens):
+        logits = gpt(torch.tensor([ids[-context:]])).logit_BSV[0, -1].float()
+        # rows of the embedding past the vocabulary are padding
+        chosen = _draw(logits[: tokenizer.get_vocab_size()], temperature=temperature, top_k=top_k, generator=generator)
+        if chosen == end:
+            break
+        ids.append(chosen)
+        text = tokenizer.decode(ids[start:])
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+
+
+def _draw(logits: torch.Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    kept, ids = logits.topk(min(top_k or len(logits), len(logits)))
+    return int(ids[torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator)])

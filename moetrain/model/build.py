@@ -1,0 +1,118 @@
+"""Settings to a model, with weights that depend on the seed and their names alone, never on the layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.model.attention import Attention
+from moetrain.model.ffn import FeedForward
+from moetrain.model.gpt import GPT, Block
+from moetrain.moe.dispatch import Dispatcher
+from moetrain.moe.experts import Experts
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.router import TopKRouter
+from moetrain.parallel.seeds import derive_seed
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    local_experts: range | None = None,
+    expert_group: dist.ProcessGroup | None = None,
+    world: dist.ProcessGroup | None = None,
+) -> GPT:
+    """The model without values in its weights; ``initialize`` gives them.
+
+    Args:
+        local_experts: global ids of the experts on this rank; None: all of them.
+        expert_group: the ranks that share the experts; None when this rank holds all.
+        world: all ranks, over which the balance loss counts tokens; None: this rank alone.
+    """
+    moe = model.moe
+    blocks = []
+    for index in range(model.num_layers):
+        if moe is not None and (index + 1) % moe.every == 0:
+            experts = range(moe.num_experts) if local_experts is None else local_experts
+            feed_forward: FeedForward | MoELayer = _moe_layer(
+                model, moe, local_experts=experts, expert_group=expert_group, world=world
+            )
+        else:
+            feed_forward = FeedForward(
+                model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias
+            )
+        attention = Attention(
+            model.d_model,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads or model.num_heads,
+            d_head=model.d_head or model.d_model // model.num_heads,
+            bias=model.bias,
+        )
+        blocks.append(Block(attention, feed_forward=feed_forward, norms=(_norm(model), _norm(model))))
+    return GPT(
+        blocks,
+        embedding=nn.Embedding(model.vocab_size, model.d_model),
+        positions=nn.Embedding(model.context, model.d_model) if model.positions == "learned" else None,
+        rope_theta=model.rope_theta if model.positions == "rope" else None,
+        norm=_norm(model),
+        tie_embeddings=model.tie_embeddings,
+    )
+
+
+@torch.no_grad()
+def initialize(gpt: GPT, *, init_std: float, seed: int) -> None:
+    """Give every weight its first value, drawn from a generator seeded by (seed, global name).
+
+    Matrices are normal with ``init_std``; those that write into the residual stream are divided by
+    sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section 2.3). Norms start at 1, biases at 0. Each expert is drawn
+    by its global id: building them in a row would give other weights on another layout.
+    """
+    residual_std = init_std / math.sqrt(2 * len(gpt.blocks))
+    for module_name, module in gpt.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}"
+            std = residual_std if module_name.endswith((".out", ".w_out")) or name == "w_out" else init_std
+            if isinstance(module, Experts):
+                for expert, weight in zip(module.global_ids, parameter, strict=True):
+                    _draw(weight, std=std, seed=seed, name=f"{full_name}.{expert}")
+            elif name == "bias":
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                _draw(parameter, std=std, seed=seed, name=full_name)
+
+
+def _draw(weight: Tensor, *, std: float, seed: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(derive_seed(seed, name))
+    weight.copy_(torch.randn(weight.shape, generator=generator).mul_(std))
+
+
+def _norm(model: ModelConfig) -> nn.Module:
+    if model.norm == "rmsnorm":
+        return nn.RMSNorm(model.d_model, eps=model.norm_eps)
+    return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=model.bias)
+
+
+def _moe_layer(
+    model: ModelConfig,
+    moe: MoEConfig,
+    *,
+    local_experts: range,
+    expert_group: dist.ProcessGroup | None,
+    world: dist.ProcessGroup | None,
+) -> MoELayer:
+    router = TopKRouter(
+        model.d_model, num_experts=moe.num_experts, top_k=moe.top_k, renormalize=moe.renormalize
+    )
+    experts = Experts(
+        model.d_model,
+        d_expert=moe.d_expert or model.d_ff,
+        activation=moe.activation or model.activation,
+        global_ids=local_experts,
+    )
+    return MoELayer(router, experts=experts, dispatcher=Dispatcher(expert_group), balance_group=world)

@@ -1,0 +1,31 @@
+"""Losses that keep the experts busy and the router's scores small. All are returned unweighted."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def balance_loss(prob_TE: Tensor, count_E: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """E * sum_i f_i P_i: f_i the share of token copies sent to expert i, P_i its mean probability.
+
+    1 when the load is uniform, E when one expert takes all of a top-1 layer (Fedus et al. 2021, arXiv:2101.03961,
+    equations 4 to 6; for K = 2 it is half of what `transformers` reports, which sums f over the K choices).
+
+    Args:
+        prob_TE: softmax of the router's scores on this rank's tokens.
+        count_E: token copies this rank sends to each expert.
+        group: f is taken over all tokens of these ranks, so that the mean of the ranks' gradients does not depend on
+            how the tokens are spread over them (Qiu et al. 2025, arXiv:2501.11873); None: this rank's tokens alone.
+    """
+    count_E = count_E.float()
+    if group is not None:
+        dist.all_reduce(count_E, group=group)
+    share_E = count_E / count_E.sum()
+    return prob_TE.shape[-1] * torch.dot(share_E, prob_TE.mean(0))
+
+
+def z_loss(logit_TE: Tensor) -> Tensor:
+    """Mean over tokens of the squared log-sum-exp of the scores (Zoph et al. 2022, arXiv:2202.08906, equation 5)."""
+    return logit_TE.logsumexp(-1).square().mean()

@@ -1,0 +1,167 @@
+"""What the terminal shows before a run starts and when it has ended."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.config.checks import steps_in_run
+from moetrain.config.freeze import flatten, to_dict
+from moetrain.config.identity import training_digest
+from moetrain.config.schema import RunConfig
+from moetrain.metrics.log import read_metrics
+from moetrain.plan.flops import count_parameters, flops_per_token, format_count
+from moetrain.report.figures import expert_load_map, has_load, loss_curve
+
+METRICS = "metrics.jsonl"
+RECORDED = "recorded.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """Bits per byte of the same held-out text by ways that are no Transformer."""
+
+    trigram: float
+    xz: float
+
+
+def plan_text(run: RunConfig) -> str:
+    """A few lines on what is about to run."""
+    count, moe = count_parameters(run.model), run.model.moe
+    length = run.batch.sequence_length or run.model.context
+    per_step = run.batch.global_batch * length
+    steps = steps_in_run(run.schedule, tokens_per_step=per_step)
+    flops = flops_per_token(run.model, sequence_length=length) * per_step * steps
+    kind = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.top_k}"
+    return (
+        f"{run.run_dir}: {format_count(count.total)} parameters, {format_count(count.active)} active per token ({kind})\n"
+        f"  {steps:,} steps of {per_step:,} tokens: {format_count(steps * per_step)} tokens, {flops:.2e} FLOPs\n"
+        f"  {run.launch.processes} processes, expert parallel {run.parallel.expert_parallel}, "
+        f"ZeRO-{run.parallel.zero_stage}, {run.model.dtype}"
+    )
+
+
+def prepared_text(directory: Path, prepared: Any) -> str:
+    """A few lines on prepared token files.
+
+    Args:
+        prepared: as ``data.corpus.Prepared``.
+    """
+    train, held_out = prepared.train, prepared.held_out
+    return (
+        f"{directory}\n"
+        f"  train     {train.num_documents:>9,} documents  {train.num_tokens:>13,} tokens\n"
+        f"  held out  {held_out.num_documents:>9,} documents  {held_out.num_tokens:>13,} tokens\n"
+        f"  vocabulary {prepared.vocab_size:,}, {train.num_bytes / train.num_tokens:.2f} bytes per token"
+    )
+
+
+def config_text(run: RunConfig, *, composed: dict[str, Any], sources: dict[str, str]) -> str:
+    """The settings as YAML, each line with its source behind it.
+
+    Args:
+        run: resolved.
+        composed: what was composed, before the rest was worked out.
+        sources: dotted name -> where it was set; others are defaults.
+    """
+    given, lines, open_sections = flatten(composed), [], []
+    for name, value in flatten(to_dict(run)).items():
+        *sections, last = name.split(".")
+        for depth, section in enumerate(sections):
+            if open_sections[: depth + 1] != sections[: depth + 1]:
+                lines.append(("  " * depth + f"{section}:", ""))
+        open_sections = sections
+        written = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+        source = sources.get(name, "default") if given.get(name) == value else "worked out"
+        lines.append(("  " * len(sections) + f"{last}: {written}", source))
+    width = min(60, max(len(text) for text, _ in lines))
+    return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)
+
+
+def is_finished(run: RunConfig, run_dir: Path) -> bool:
+    """Whether the run has reached its last step and was evaluated there."""
+    steps = steps_in_run(
+        run.schedule, tokens_per_step=run.batch.global_batch * (run.batch.sequence_length or run.model.context)
+    )
+    path = run_dir / METRICS
+    return path.is_file() and any(line.get("final") and line["step"] == steps for line in read_metrics(path))
+
+
+def draw(run_dir: Path) -> None:
+    """The pictures of a run: ``loss.png`` and, for a sparse model, ``expert_load.png``."""
+    metrics = read_metrics(run_dir / METRICS)
+    loss_curve(metrics, run_dir / "loss.png", title=f"{run_dir.name}: loss")
+    if has_load(metrics):
+        expert_load_map(metrics, run_dir / "expert_load.png", title=f"{run_dir.name}: expert load")
+
+
+def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, sample: str) -> None:
+    """What a finished run has reached, and what to do next."""
+    metrics = read_metrics(run_dir / METRICS)
+    final = next(line for line in reversed(metrics) if line.get("final"))
+    steps = [line for line in metrics if "tokens_per_second" in line]
+    console = Console(highlight=False)
+    console.print(f"\n[bold]{run_dir}[/bold] is finished: {final['step']:,} steps, {format_count(final['tokens'])} tokens")
+    console.print(_comparison(run, final=final, baselines=baselines))
+    rates = sorted(line["tokens_per_second"] for line in steps)
+    console.print(f"speed        {rates[len(rates) // 2]:,.0f} tokens/s, {_flops(steps)}")
+    if "held_out_load" in final:
+        console.print(f"expert load  {_load_text(final)}")
+    console.print(f"pictures     {run_dir}/loss.png" + (f", {run_dir}/expert_load.png" if "held_out_load" in final else ""))
+    console.print("\n[bold]a sample[/bold]")
+    console.print(sample.strip(), markup=False)
+    console.print(
+        "\n[bold]next[/bold]\n"
+        f'  moetrain sample run_dir={run_dir} prompt="The state of the Union is"\n'
+        f"  moetrain train name=wide model.moe.num_experts=16      another number of experts\n"
+        f"  moetrain config                                        every setting there is",
+        markup=True,
+    )
+
+
+def _comparison(run: RunConfig, *, final: dict[str, Any], baselines: Baselines) -> Table:
+    kind = "dense model" if run.model.moe is None else f"this model ({run.model.moe.num_experts} experts, top-{run.model.moe.top_k})"
+    table = Table("held-out text", "bits per byte", "", box=None, pad_edge=False, header_style="dim")
+    table.add_row(
+        f"[bold]{kind}[/bold]",
+        f"[bold]{final['bits_per_byte']:.4f}[/bold]",
+        f"loss {final['held_out_loss']:.4f}, perplexity {final['perplexity']:,.1f} per token",
+    )
+    if run.model.moe is not None:
+        dense = recorded_dense(run)
+        if dense is None:
+            table.add_row("dense, same active size", "-", "not recorded for these settings: moetrain train model/moe=none …")
+        else:
+            table.add_row("dense, same active size", f"{dense:.4f}", "same tokens; recorded, see docs/results.md")
+    table.add_row("byte trigram", f"{baselines.trigram:.4f}", "interpolated, counted on the training text")
+    table.add_row("xz -9e", f"{baselines.xz:.4f}", "of the held-out text alone")
+    return table
+
+
+def recorded_dense(run: RunConfig) -> float | None:
+    """Held-out bits per byte of the dense twin of a run, recorded once; None for settings nobody recorded."""
+    recorded = json.loads((Path(__file__).parent / RECORDED).read_text())["dense_bits_per_byte"]
+    value = recorded.get(training_digest(run))
+    return None if value is None else float(value)
+
+
+def _flops(steps: list[dict[str, Any]]) -> str:
+    rates = sorted(line["flops_per_second"] for line in steps)
+    text = f"{rates[len(rates) // 2] / 1e9:,.0f} GFLOP/s of model arithmetic"
+    mfu = steps[-1].get("mfu")
+    return text if mfu is None else f"{text}, MFU {mfu:.1%}"
+
+
+def _load_text(final: dict[str, Any]) -> str:
+    fullest = final["held_out_max_over_mean"]
+    worst = max(range(len(fullest)), key=fullest.__getitem__)
+    idle = sum(share == 0 for layer in final["held_out_load"] for share in layer)
+    rest = "every expert in use" if idle == 0 else f"{idle} experts without a token"
+    return f"fullest expert {fullest[worst]:.2f}x the mean (MoE layer {worst + 1} of {len(fullest)}); {rest}"

@@ -1,0 +1,274 @@
+"""DeepSpeed behind a few methods. The only place of the training path that imports it.
+
+DeepSpeed finds expert weights by the class of the module that holds them and by marks on the parameters; both are put
+on here, from outside, so that the layers know nothing of it (``adopt_experts``). Every key of its configuration that
+this project depends on is written out (``deepspeed_config``): some of its defaults, such as clipping at 1.0 when no
+clipping was asked for, would change the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetrain.checkpoint.state import Fragment
+from moetrain.errors import TrainingError
+from moetrain.model.objective import Losses, Objective
+from moetrain.moe.experts import Experts
+from moetrain.moe.router import TopKRouter
+from moetrain.parallel.groups import Groups
+
+BUCKET_ELEMENTS = 50_000_000
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(
+    *, micro_batch: int, accumulation: int, world_size: int, zero_stage: int, dtype: str, clip: float
+) -> dict[str, Any]:
+    """The whole configuration of the engine.
+
+    At stage 0 clipping is ours: DeepSpeed 0.19 averages the norms of ranks that hold different experts.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "gradient_clipping": clip if zero_stage > 0 else 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "round_robin_gradients": False,
+        },
+        # the optimizer is torch's fused AdamW: it needs no compiler at run time, and is not on DeepSpeed's list
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "use_data_before_expert_parallel_": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+        "flops_profiler": {"enabled": False},
+    }
+
+
+class Engine:
+    """Forward, backward and optimizer step of one rank.
+
+    Args:
+        objective: the model with its loss, on this rank's device.
+        groups: this rank's process groups.
+        config: from ``deepspeed_config``.
+        optimizer: keyword arguments of AdamW: lr, betas, eps, weight_decay.
+        clip: largest global gradient norm; 0: none.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        groups: Groups,
+        config: dict[str, Any],
+        optimizer: dict[str, Any],
+        clip: float,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self._groups, self._clip = groups, clip
+        self._stage: int = config["zero_optimization"]["stage"]
+        self.gpt = objective.gpt
+        self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
+        adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
+        adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
+        self._engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=adamw, config=config, dist_init_required=False
+        )
+        self._adamw = adamw
+        _check_groups(self.gpt, groups)
+        _start_moments(adamw)
+
+    def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
+        """One micro-batch; gradients are added up until ``step``."""
+        losses: Losses = self._engine(token_BS, target_BS)
+        self._engine.backward(losses.total)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch; the optimizer steps at the boundary alone
+        return losses
+
+    def step(self, lr: float) -> float:
+        """Clip and step after the last micro-batch.
+
+        Returns:
+            The global gradient norm before clipping, each expert counted once.
+
+        Raises:
+            TrainingError: the norm is not a finite number.
+        """
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        norm = self._clip_ourselves() if self._stage == 0 else None
+        self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if norm != norm or norm in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the gradient norm is {norm} at this step: lower optim.lr, lengthen schedule.warmup_steps or set "
+                "optim.clip; the checkpoints before are whole, and the same command resumes from the newest"
+            )
+        return norm
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of master weights and moments, as views (see ``checkpoint.state``)."""
+        for parameter, flat, start, offset, numel in self._shares():
+            name, numel_here = self._names[parameter], parameter.numel()
+            ranks = self._groups.topology.expert_parallel if _is_expert(parameter) else 1
+            base = self._groups.topology.expert_rank * numel_here if ranks > 1 else 0
+            state = self._adamw.state[flat]
+            for kind, tensor in (("fp32", flat.data), *((moment, state[moment]) for moment in MOMENTS)):
+                view = tensor.view(-1).narrow(0, start, numel)
+                yield Fragment(f"{name}/{kind}", view, base + offset, numel_here * ranks)
+
+    def loaded(self, *, step: int) -> None:
+        """Take over what a load has put into the views of ``fragments``."""
+        for state in self._adamw.state.values():
+            state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
+        if self._stage > 0:
+            self._engine.optimizer.update_lp_params()
+
+    def _shares(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+        """(parameter, flat master tensor, start in it, offset in the parameter, elements) of this rank."""
+        if self._stage == 0:
+            for parameter in self._names:
+                yield parameter, parameter, 0, 0, parameter.numel()
+            return
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "bit16_groups"):
+            groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        else:
+            groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+        for parameters, flat in zip(groups, flats, strict=True):
+            for parameter in parameters:
+                share = parameter._hp_mapping
+                if share is not None:
+                    high, low = share.hp_fragment_address, share.lp_fragment_address
+                    yield parameter, flat, high.start, low.start, low.numel
+
+    @torch.no_grad()
+    def _clip_ourselves(self) -> float:
+        grads = [parameter.grad for parameter in self._names if not _is_expert(parameter)]
+        squared = torch.stack([grad.float().square().sum() for grad in grads if grad is not None]).sum()
+        experts = [parameter for parameter in self._names if _is_expert(parameter)]
+        if experts:
+            own = torch.stack([p.grad.float().square().sum() for p in experts if p.grad is not None]).sum()
+            if self._groups.expert is not None:
+                dist.all_reduce(own, group=self._groups.expert)
+            squared = squared + own
+        norm = float(squared.sqrt())
+        if self._clip and norm > self._clip:
+            for parameter in self._names:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._clip / norm)
+        return norm
+
+
+def adopt_experts(gpt: nn.Module, *, expert_parallel: int) -> None:
+    """Let DeepSpeed see the expert weights, and only them, as experts.
+
+    Its engine looks for instances of one of its own two MoE classes to decide which gradients to average over which
+    ranks, and for marks on the parameters. A module with the marks alone crashes it at ZeRO 0 to 2 and trains wrongly,
+    without a word, at ZeRO 3. So the class of our experts module becomes a subclass of both: its forward stays ours,
+    its parameters keep their names, and the layer above does not change.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.utils import groups
+
+    group_name = f"ep_size_{expert_parallel}"
+
+    class AdoptedExperts(Experts, AutoEPMoELayer):
+        def set_deepspeed_parallelism(
+            self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
+        ) -> None:
+            if group_name not in groups._get_expert_parallel_group_dict():
+                groups._create_expert_and_data_parallel(expert_parallel)
+
+    for module in gpt.modules():
+        if isinstance(module, TopKRouter):
+            module.weight.ds_zero_placement_family = "replicated"
+        if type(module) is Experts:
+            module.__class__ = AdoptedExperts
+            module.num_experts = len(module.global_ids) * expert_parallel
+            module.num_local_experts = len(module.global_ids)
+            module.ep_size = expert_parallel
+            for parameter in module.parameters():
+                parameter.allreduce = False
+                parameter.group_name = group_name
+                parameter.ds_zero_placement_family = "autoep_expert"
+                parameter.ds_zero_partition_group_name = group_name
+
+
+def _is_expert(parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
+
+
+def _parameter_groups(gpt: nn.Module, *, weight_decay: float, **adamw: Any) -> list[dict[str, Any]]:
+    """Decayed matrices, undecayed vectors and positions, and the experts by themselves, as DeepSpeed wants them."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    decayed, plain = [], []
+    for name, parameter in gpt.named_parameters():
+        (decayed if parameter.dim() > 1 and not name.startswith("positions.") else plain).append(parameter)
+    groups = [
+        {"params": decayed, "name": "decayed", "weight_decay": weight_decay, **adamw},
+        {"params": plain, "name": "not_decayed", "weight_decay": 0.0, **adamw},
+    ]
+    split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in split if group["params"]]
+
+
+def _start_moments(adamw: torch.optim.AdamW) -> None:
+    """Give every parameter its Adam state before the first step, so that a load has somewhere to put it."""
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            state = adamw.state[parameter]
+            for moment in MOMENTS:
+                state.setdefault(moment, torch.zeros_like(parameter.data))
+            state.setdefault("step", torch.zeros((), device=parameter.device))
+
+
+def _check_groups(gpt: nn.Module, ours: Groups) -> None:
+    """DeepSpeed averages gradients over its groups, our dispatch sends tokens over ours: the ranks must agree."""
+    from deepspeed.utils import groups
+
+    if not any(isinstance(module, Experts) for module in gpt.modules()):
+        return
+    name = f"ep_size_{ours.topology.expert_parallel}"
+    for group, expected in (
+        (groups._get_expert_parallel_group(name), ours.topology.expert_groups),
+        (groups._get_expert_data_parallel_group(name), ours.topology.expert_data_groups),
+    ):
+        ranks = dist.get_process_group_ranks(group)
+        assert ranks in expected, f"DeepSpeed has ranks {ranks}, we have {expected}"
+        assert ours.topology.rank in ranks
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    # On CPU the engine would compile a shared-memory collective at its first start (a minute, under a lock that a
+    # killed process leaves behind for ever). gloo serves as well here; tests/train/test_engine.py holds that this
+    # private switch still works.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

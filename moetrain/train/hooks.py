@@ -1,0 +1,197 @@
+"""What happens after a step: numbers out, evaluation, saving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.errors import TrainingError
+from moetrain.metrics.console import WorkBar
+from moetrain.metrics.load import LoadMeter, LoadReport
+from moetrain.metrics.speed import Speed
+from moetrain.train.evaluate import Evaluation
+from moetrain.train.loop import StepResult, TrainState
+
+Record = Callable[[dict[str, Any]], None]
+"""Takes one line of metrics; does nothing on every rank but the first."""
+
+
+def load_fields(load: LoadReport) -> dict[str, Any]:
+    """The expert load as fields of a line of metrics."""
+    return {
+        "balance_loss": sum(load.balance_loss) / len(load.balance_loss),
+        "z_loss": sum(load.z_loss) / len(load.z_loss),
+        "load": load.share,
+        "max_over_mean": load.max_over_mean,
+        "cv": load.cv,
+        "entropy": load.entropy,
+        "dropped_share": load.dropped_share,
+        "balance_loss_by_layer": load.balance_loss,
+        "z_loss_by_layer": load.z_loss,
+    }
+
+
+class LogHook:
+    """A line of metrics every few steps, at the end, and before every save (``flush``).
+
+    Losses stay on the device between lines.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_steps: int,
+        steps: int,
+        speed: Speed,
+        meter: LoadMeter | None,
+        group: dist.ProcessGroup,
+        record: Record,
+        bar: WorkBar,
+    ) -> None:
+        self._every, self._steps = every_steps, steps
+        self._speed, self._meter, self._group = speed, meter, group
+        self._record, self._bar = record, bar
+        self._losses: list[Tensor] = []
+        self._result: StepResult | None = None
+        self._note = ""
+        self._since, self._tokens_then = time.monotonic(), 0
+
+    def start(self, state: TrainState) -> None:
+        """Begin the clock, after everything is built and loaded."""
+        self._since, self._tokens_then = time.monotonic(), state.tokens
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        self._result = result
+        self._losses.append(torch.stack([losses.language for losses in result.micro_batches]).mean())
+        if self._meter is not None:
+            for losses in result.micro_batches:
+                for layer, load in enumerate(losses.load):
+                    self._meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
+                                    tokens=result.tokens_per_micro_batch, balance=load.balance,
+                                    z=load.z)  # fmt: skip
+        if state.step % self._every == 0 or state.step == self._steps:
+            self.flush(state)
+        self._bar.advance_to(state.step, note=self._note)
+
+    def flush(self, state: TrainState) -> None:
+        """Write the steps since the last line, if there are any."""
+        if self._losses and self._result is not None:
+            self._write(state, self._result)
+
+    def _write(self, state: TrainState, result: StepResult) -> None:
+        losses = torch.stack(self._losses)
+        dist.all_reduce(losses, group=self._group)
+        step_losses = (losses / dist.get_world_size(self._group)).tolist()
+        self._losses.clear()
+        now = time.monotonic()
+        speed = self._speed.update(state.tokens - self._tokens_then, now - self._since)
+        self._since, self._tokens_then = now, state.tokens
+        line = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": sum(step_losses) / len(step_losses),
+            "step_losses": step_losses,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": speed.tokens_per_second,
+            "flops_per_second": speed.flops_per_second,
+            "mfu": speed.mfu,
+        }
+        note = f"loss {line['loss']:.3f}  {speed.tokens_per_second:,.0f} tok/s"
+        if self._meter is not None:
+            load = self._meter.read(self._group)
+            line |= load_fields(load)
+            note += f"  fullest expert {max(load.max_over_mean):.2f}x"
+        self._record(line)
+        self._note = note
+        if any(loss != loss or loss == float("inf") for loss in step_losses):
+            raise TrainingError(
+                f"the loss is {line['loss']} at step {state.step}: lower optim.lr or lengthen schedule.warmup_steps; "
+                "the same command resumes from the newest checkpoint"
+            )
+
+
+class EvaluateHook:
+    """Held-out loss every few steps; the end of the run is evaluated by the worker, on all held-out text."""
+
+    def __init__(
+        self, *, every_steps: int | None, steps: int, evaluate: Callable[[], Evaluation], record: Record, bar: WorkBar
+    ) -> None:
+        self._every, self._steps, self._evaluate = every_steps, steps, evaluate
+        self._record, self._bar = record, bar
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self._every is None or state.step % self._every or state.step == self._steps:
+            return
+        found = self._evaluate()
+        self._record(evaluation_fields(found, state=state))
+        self._bar.say(
+            f"step {state.step:>6,}   held-out loss {found.loss:.4f}   perplexity {found.perplexity:,.1f}   "
+            f"bits per byte {found.bits_per_byte:.4f}"
+        )
+
+
+def evaluation_fields(found: Evaluation, *, state: TrainState) -> dict[str, Any]:
+    """An evaluation as a line of metrics."""
+    line: dict[str, Any] = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "held_out_loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "held_out_tokens": found.tokens,
+    }
+    if found.load is not None:
+        line["held_out_load"] = found.load.share
+        line["held_out_max_over_mean"] = found.load.max_over_mean
+    return line
+
+
+class SaveHook:
+    """A checkpoint every few steps or minutes, and at the end.
+
+    Args:
+        flush: writes the pending line of metrics. A line never spans a checkpoint, so that the lines of an
+            interrupted and resumed run equal those of an unbroken one.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_steps: int | None,
+        every_minutes: float | None,
+        steps: int,
+        flush: Callable[[TrainState], None],
+        save: Callable[[TrainState], None],
+        control: dist.ProcessGroup,
+    ) -> None:
+        self._every_steps, self._every_minutes, self._steps = every_steps, every_minutes, steps
+        self._flush, self._save, self._control = flush, save, control
+        self._last = time.monotonic()
+        self._saved_step = -1
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        by_steps = self._every_steps is not None and state.step % self._every_steps == 0
+        if by_steps or state.step == self._steps or self._is_time():
+            self.save(state)
+
+    def save(self, state: TrainState) -> None:
+        """Save now, unless this step is saved already."""
+        if self._saved_step == state.step:
+            return
+        self._flush(state)
+        self._save(state)
+        self._saved_step, self._last = state.step, time.monotonic()
+
+    def _is_time(self) -> bool:
+        if self._every_minutes is None:
+            return False
+        # clocks differ between ranks: the first one decides for all
+        due = torch.tensor([int(time.monotonic() - self._last >= 60 * self._every_minutes)])
+        dist.broadcast(due, src=0, group=self._control)
+        return bool(due.item())

@@ -1,0 +1,91 @@
+"""The training loop: micro-batches, step, hooks. It builds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.model.objective import Losses
+from moetrain.parallel.seeds import derive_seed
+from moetrain.train.schedule import Schedule
+
+
+@dataclass
+class TrainState:
+    """How far the run is."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    tokens: int = 0
+    """Tokens seen, over all ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave on this rank."""
+
+    micro_batches: list[Losses]
+    tokens_per_micro_batch: int
+    grad_norm: float
+    lr: float
+
+
+class Trainable(Protocol):
+    """What the loop needs of an engine."""
+
+    def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses: ...
+
+    def step(self, lr: float) -> float: ...
+
+
+class Hook(Protocol):
+    """Something to do after a step; it decides itself whether it is due."""
+
+    def after_step(self, state: TrainState, result: StepResult) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What does not change during the run.
+
+    Attributes:
+        steps: length of the run.
+        schedule: the learning rate.
+        batch: step -> this rank's (tokens, targets), one pair of [B, S] for each micro-batch.
+        tokens_per_step: over all ranks.
+        seed: with the step and the rank, the state of the random generators.
+        hooks: in the order they run.
+        stop: whether to end after this step; every rank gets the same answer.
+    """
+
+    steps: int
+    schedule: Schedule
+    batch: Callable[[int], Sequence[tuple[Tensor, Tensor]]]
+    tokens_per_step: int
+    seed: int
+    hooks: Sequence[Hook]
+    stop: Callable[[], bool]
+
+
+def train(engine: Trainable, *, plan: Plan, state: TrainState, rank: int) -> None:
+    """Go on from ``state`` to the end of the plan, or until asked to stop."""
+    while state.step < plan.steps:
+        # generators are a pure function of the step: a resumed run needs no saved state to draw the same numbers
+        torch.manual_seed(derive_seed(plan.seed, state.step, rank))
+        batch = plan.batch(state.step)
+        losses = [engine.forward_backward(tokens, targets) for tokens, targets in batch]
+        lr = plan.schedule.at(state.step)
+        grad_norm = engine.step(lr)
+        state.step += 1
+        state.tokens += plan.tokens_per_step
+        result = StepResult(
+            micro_batches=losses, tokens_per_micro_batch=batch[0][0].numel(), grad_norm=grad_norm, lr=lr
+        )
+        for hook in plan.hooks:
+            hook.after_step(state, result)
+        if plan.stop():
+            return

@@ -1,0 +1,353 @@
+"""One rank's work: ``python -m moetrain.train.worker RUN_DIR``. The only place that builds everything."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.parallel.lifeline import die_with_parent, write_error
+
+if __name__ == "__main__":
+    # before torch is imported, which takes seconds: a launcher that dies meanwhile must not leave this rank behind
+    die_with_parent()
+
+import torch
+from torch import Tensor
+
+from moetrain.checkpoint import state as checkpoint_state
+from moetrain.checkpoint import store
+from moetrain.config.checks import in_steps, steps_in_run
+from moetrain.config.freeze import read_run, to_dict
+from moetrain.config.schema import RunConfig
+from moetrain.data.corpus import Prepared, open_prepared
+from moetrain.data.loader import Batches, held_out_batches
+from moetrain.errors import MoetrainError
+from moetrain.metrics.console import WorkBar
+from moetrain.metrics.load import LoadMeter
+from moetrain.metrics.log import MetricsLog, open_wandb
+from moetrain.metrics.speed import Speed, peak_flops
+from moetrain.model.build import build_model, initialize
+from moetrain.model.objective import Objective
+from moetrain.parallel import groups as process_groups
+from moetrain.parallel.groups import Groups
+from moetrain.parallel.lifeline import STOPPED
+from moetrain.plan.flops import flops_per_token
+from moetrain.train.engine import Engine, deepspeed_config
+from moetrain.train.evaluate import Evaluation, evaluate
+from moetrain.train.guard import StopRequest
+from moetrain.train.hooks import EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
+from moetrain.train.loop import Plan, TrainState, train
+from moetrain.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that several parts need, worked out once from the settings."""
+
+    sequence_length: int
+    accumulation: int
+    tokens_per_step: int
+    steps: int
+
+    @staticmethod
+    def of(run: RunConfig, *, world_size: int) -> Sizes:
+        length = run.batch.sequence_length or run.model.context
+        tokens_per_step = run.batch.global_batch * length
+        return Sizes(
+            sequence_length=length,
+            accumulation=run.batch.global_batch // (run.batch.micro_batch * world_size),
+            tokens_per_step=tokens_per_step,
+            steps=steps_in_run(run.schedule, tokens_per_step=tokens_per_step),
+        )
+
+
+def run_rank(run_dir: Path) -> bool:
+    """Train, or finish the training, of the run in ``run_dir``.
+
+    Returns:
+        Whether the run is at its end; False: it stopped because it was asked to.
+    """
+    run = read_run(run_dir)
+    groups = process_groups.start(
+        expert_parallel=run.parallel.expert_parallel or 1, timeout_seconds=run.launch.timeout_seconds
+    )
+    stop = StopRequest(groups.control)
+    sizes = Sizes.of(run, world_size=groups.topology.world_size)
+    prepared = open_prepared(Path(str(run.data.prepared)))
+    engine = _build_engine(run, groups=groups, sizes=sizes)
+    state, resumed_from = _restore(run_dir, engine=engine, groups=groups)
+
+    first = groups.topology.rank == 0
+    log = MetricsLog(run_dir, resume_step=state.step) if first else None
+    wandb = open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=run.name,
+                       config=to_dict(run)) if first else None  # fmt: skip
+
+    def record(line: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(line)
+        if wandb is not None:
+            wandb.write(line)
+
+    evaluator = _Evaluator(run, engine=engine, groups=groups, prepared=prepared, sizes=sizes)
+    if state.step < sizes.steps:
+        with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=first) as bar:
+            if resumed_from:
+                bar.say(f"resumed from {resumed_from} at step {state.step:,}")
+            _train(run, run_dir, engine, groups, sizes, prepared, state, evaluator, stop, record, bar)
+    finished = state.step >= sizes.steps
+    if finished:
+        record(evaluation_fields(evaluator.all_of_it(shown=first), state=state) | {"final": True})
+    if wandb is not None:
+        wandb.close()
+    return finished
+
+
+def _train(
+    run: RunConfig,
+    run_dir: Path,
+    engine: Engine,
+    groups: Groups,
+    sizes: Sizes,
+    prepared: Prepared,
+    state: TrainState,
+    evaluator: _Evaluator,
+    stop: StopRequest,
+    record: Record,
+    bar: WorkBar,
+) -> None:
+    log = LogHook(
+        every_steps=run.log.every_steps,
+        steps=sizes.steps,
+        speed=_speed(run, groups=groups, sizes=sizes),
+        meter=_meter(run, groups.device),
+        group=groups.world,
+        record=record,
+        bar=bar,
+    )
+    evaluation = EvaluateHook(
+        every_steps=run.evaluate.every_steps, steps=sizes.steps, evaluate=evaluator.some_of_it, record=record, bar=bar
+    )
+    save = SaveHook(
+        every_steps=run.checkpoint.every_steps,
+        every_minutes=run.checkpoint.every_minutes,
+        steps=sizes.steps,
+        flush=log.flush,
+        save=_saver(run, run_dir, engine=engine, groups=groups),
+        control=groups.control,
+    )
+    plan = Plan(
+        steps=sizes.steps,
+        schedule=_schedule(run, sizes=sizes),
+        batch=_batch_reader(run, groups=groups, prepared=prepared, sizes=sizes),
+        tokens_per_step=sizes.tokens_per_step,
+        seed=run.seed,
+        hooks=(log, evaluation, save),
+        stop=stop,
+    )
+    log.start(state)
+    train(engine, plan=plan, state=state, rank=groups.topology.rank)
+    if state.step < sizes.steps:
+        save.save(state)
+        bar.say(f"stopped on request at step {state.step:,}, and saved; the same command goes on from here")
+
+
+def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
+    moe, world_size = run.model.moe, groups.topology.world_size
+    gpt = build_model(
+        run.model,
+        local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
+        expert_group=groups.expert,
+        world=groups.world if world_size > 1 else None,
+    )
+    initialize(gpt, init_std=run.model.init_std, seed=run.seed)
+    objective = Objective(
+        gpt, balance_weight=moe.balance_weight if moe else 0.0, z_weight=moe.z_weight if moe else 0.0
+    )
+    config = deepspeed_config(
+        micro_batch=run.batch.micro_batch,
+        accumulation=sizes.accumulation,
+        world_size=world_size,
+        zero_stage=run.parallel.zero_stage,
+        dtype=run.model.dtype,
+        clip=run.optim.clip,
+    )
+    optimizer = {
+        "lr": run.optim.lr,
+        "betas": (run.optim.beta1, run.optim.beta2),
+        "eps": run.optim.eps,
+        "weight_decay": run.optim.weight_decay,
+    }
+    return Engine(
+        objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip
+    )
+
+
+def _restore(run_dir: Path, *, engine: Engine, groups: Groups) -> tuple[TrainState, str]:
+    """Fill the engine from the newest whole checkpoint, if there is one; every rank takes the same one."""
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", flush=True)
+
+    # one rank reads and digests for all: they must not come to different answers
+    found: list[Any] = [None]
+    if groups.topology.rank == 0:
+        newest = checkpoint_state.newest_whole(run_dir / "checkpoints", warn=warn)
+        if newest is not None:
+            found = [(str(newest[0]), newest[1].step, newest[1].tokens)]
+    torch.distributed.broadcast_object_list(found, src=0, group=groups.control)
+    if found[0] is None:
+        return TrainState(), ""
+    directory, step, tokens = found[0]
+    checkpoint_state.load(Path(directory), engine.fragments(), group=groups.control)
+    engine.loaded(step=step)
+    return TrainState(step=step, tokens=tokens), directory
+
+
+def _saver(run: RunConfig, run_dir: Path, *, engine: Engine, groups: Groups) -> Callable[[TrainState], None]:
+    root = run_dir / "checkpoints"
+
+    def save(state: TrainState) -> None:
+        manifest = store.Manifest(
+            step=state.step,
+            tokens=state.tokens,
+            seed=run.seed,
+            world_size=groups.topology.world_size,
+            expert_parallel=groups.topology.expert_parallel,
+            run=to_dict(run),
+            files=[],
+        )
+        checkpoint_state.save(root, engine.fragments(), manifest=manifest, group=groups.control)
+        if groups.topology.rank == 0:
+            store.prune(root, keep=run.checkpoint.keep)
+
+    return save
+
+
+def _batch_reader(
+    run: RunConfig, *, groups: Groups, prepared: Prepared, sizes: Sizes
+) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
+    batches = Batches(
+        prepared.train.tokens,
+        sequence_length=sizes.sequence_length,
+        global_batch=run.batch.global_batch,
+        seed=run.seed,
+    )
+
+    def at(step: int) -> Sequence[tuple[Tensor, Tensor]]:
+        rows = batches.rank_slice(
+            step,
+            rank=groups.topology.rank,
+            world_size=groups.topology.world_size,
+            micro_batch=run.batch.micro_batch,
+        )
+        on_device = torch.from_numpy(rows).to(groups.device, non_blocking=True)
+        return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in on_device]
+
+    return at
+
+
+class _Evaluator:
+    """Evaluates on some or on all of the held-out text."""
+
+    def __init__(
+        self, run: RunConfig, *, engine: Engine, groups: Groups, prepared: Prepared, sizes: Sizes
+    ) -> None:
+        self._run, self._engine, self._groups = run, engine, groups
+        self._prepared, self._sizes = prepared, sizes
+        self._meter = _meter(run, groups.device)
+
+    def some_of_it(self) -> Evaluation:
+        return self._evaluate(self._run.evaluate.max_sequences, on_batch=lambda: None)
+
+    def all_of_it(self, *, shown: bool) -> Evaluation:
+        topology, length = self._groups.topology, self._sizes.sequence_length
+        per_batch = length * self._run.batch.micro_batch * topology.world_size
+        batches = -(-(self._prepared.held_out.num_tokens - 1) // per_batch)
+        with WorkBar("evaluate", total=batches, unit="batches", shown=shown) as bar:
+            done = 0
+
+            def advance() -> None:
+                nonlocal done
+                done += 1
+                bar.advance_to(done)
+
+            return self._evaluate(None, on_batch=advance)
+
+    def _evaluate(self, max_sequences: int | None, *, on_batch: Callable[[], None]) -> Evaluation:
+        held_out, topology = self._prepared.held_out, self._groups.topology
+        batches = held_out_batches(
+            held_out.tokens,
+            sequence_length=self._sizes.sequence_length,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            micro_batch=self._run.batch.micro_batch,
+            max_sequences=max_sequences,
+        )
+        return evaluate(
+            self._engine.gpt,
+            batches,
+            bytes_per_token=held_out.num_bytes / held_out.num_tokens,
+            meter=self._meter,
+            device=self._groups.device,
+            group=self._groups.world,
+            on_batch=on_batch,
+        )
+
+
+def _meter(run: RunConfig, device: torch.device) -> LoadMeter | None:
+    moe = run.model.moe
+    return LoadMeter(run.model.num_layers // moe.every, moe.num_experts, device) if moe else None
+
+
+def _speed(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Speed:
+    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else None
+    if peak is None and groups.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(groups.device), run.model.dtype)
+    return Speed(
+        flops_per_token(run.model, sequence_length=sizes.sequence_length),
+        peak_flops=peak,
+        world_size=groups.topology.world_size,
+    )
+
+
+def _schedule(run: RunConfig, *, sizes: Sizes) -> Schedule:
+    given, per_step = run.schedule, sizes.tokens_per_step
+    decay = in_steps(given.decay_steps, given.decay_tokens, tokens_per_step=per_step)
+    return Schedule(
+        kind=given.kind,
+        peak=run.optim.lr,
+        steps=sizes.steps,
+        warmup=in_steps(given.warmup_steps, given.warmup_tokens, tokens_per_step=per_step) or 0,
+        decay=sizes.steps // 5 if decay is None else decay,
+        min_ratio=given.min_lr_ratio,
+    )
+
+
+def main(run_dir: Path) -> int:
+    """Run a rank and leave its error, if there is one, where the launcher looks for it.
+
+    Returns:
+        The exit code: 0 finished, 75 stopped on request, 2 a fault the user can mend, 1 any other.
+    """
+    try:
+        finished = run_rank(run_dir)
+    except Exception as error:
+        write_error(run_dir / "log", rank=int(os.environ.get("RANK", "0")), error=error,
+                    user=isinstance(error, MoetrainError))  # fmt: skip
+        traceback.print_exc()
+        return 2 if isinstance(error, MoetrainError) else 1
+    process_groups.stop()
+    return 0 if finished else STOPPED
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: after a failure, the threads of a process group that waits for a dead rank would keep us alive
+    os._exit(code)

@@ -1,0 +1,130 @@
+"""What every test may use: groups of real processes, and the skip of tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+TIME_LIMIT_SECONDS = 120.0
+COLLECTIVE_SECONDS = 60.0
+
+Ranks = Callable[..., list[Any]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and there is none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    """``ranks(world_size, function, *args)``: the results of ``function(rank, *args)`` in that many real processes.
+
+    Each process has joined a gloo process group and has RANK, WORLD_SIZE and LOCAL_RANK set. The function must be at
+    the top of its module and return tensors, numbers, texts or lists and dicts of them. A rank that fails, dies or
+    takes longer than ``time_limit`` seconds fails the test, and every other rank is killed.
+    """
+    running: list[Any] = []
+
+    def run(
+        world_size: int, function: Callable[..., Any], *args: Any, time_limit: float = TIME_LIMIT_SECONDS
+    ) -> list[Any]:
+        directory = Path(tempfile.mkdtemp(prefix="ranks", dir=tmp_path))
+        deadline = time.monotonic() + time_limit
+        group = _start(world_size, function, args, directory)
+        running.extend(group)
+        fault = _watch(group, deadline=deadline)
+        _kill(group)
+        if fault:
+            pytest.fail(f"{fault}\n{_first_traceback(directory)}", pytrace=False)
+        return [torch.load(directory / f"result{rank}", weights_only=True) for rank in range(world_size)]
+
+    yield run
+    _kill(running)
+
+
+def _start(world_size: int, function: Callable[..., Any], args: tuple[Any, ...], directory: Path) -> list[Any]:
+    context = torch.multiprocessing.get_context("spawn")
+    group = []
+    with pytest.MonkeyPatch.context() as environment:
+        # set here and not in the child: its imports, which read them, come before its first line
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        environment.setenv("TORCH_EXTENSIONS_DIR", str(directory / "torch_extensions"))
+        environment.setenv("WORLD_SIZE", str(world_size))
+        for rank in range(world_size):
+            environment.setenv("RANK", str(rank))
+            environment.setenv("LOCAL_RANK", str(rank))
+            process = context.Process(target=_rank_main, args=(rank, world_size, directory, function, args))
+            process.start()
+            group.append(process)
+    return group
+
+
+def _rank_main(
+    rank: int, world_size: int, directory: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        # a file, not a TCP port: tests may run side by side without colliding
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{directory / 'store'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        )
+        torch.save(function(rank, *args), directory / f"result{rank}")
+        if dist.is_initialized():
+            # a rank that left early would break the collectives of those behind it
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        # named by the clock: a failing rank breaks the others, and only the first says why
+        (directory / f"{time.monotonic_ns():020d}.traceback").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        # without clean-up, which could wait for the other ranks
+        os._exit(1)
+
+
+def _watch(group: list[Any], *, deadline: float) -> str | None:
+    """What went wrong, or None once all have ended well."""
+    waiting = {process.sentinel: rank for rank, process in enumerate(group)}
+    while waiting:
+        ended = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ended:
+            return f"ranks {sorted(waiting.values())} of {len(group)} were still running at the time limit"
+        for sentinel in ended:
+            rank = waiting.pop(sentinel)
+            group[rank].join()
+            if group[rank].exitcode:
+                return f"rank {rank} of {len(group)} ended with exit code {group[rank].exitcode}"
+    return None
+
+
+def _kill(group: list[Any]) -> None:
+    for process in group:
+        if process.is_alive():
+            process.kill()
+    for process in group:
+        process.join()
+
+
+def _first_traceback(directory: Path) -> str:
+    tracebacks = sorted(directory.glob("*.traceback"))
+    return tracebacks[0].read_text() if tracebacks else "no rank left a traceback"

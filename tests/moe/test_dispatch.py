@@ -1,0 +1,79 @@
+"""Dispatch and combine on one process; tests/moe/test_expert_parallel.py has them on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from moetrain.moe.dispatch import Dispatcher
+from moetrain.moe.experts import Experts
+from moetrain.moe.router import Routing
+
+EXPERTS_OF_TOKENS = {
+    "top-1": [[1], [0], [2], [1], [1]],
+    "top-2": [[1, 2], [0, 2], [2, 1], [1, 0], [1, 2]],
+    "every expert": [[2, 0, 1], [0, 1, 2], [1, 2, 0]],
+    "one expert takes all": [[2], [2], [2]],
+    "an expert without tokens": [[0, 2], [2, 0]],
+    "one token": [[2, 1]],
+}
+NUM_EXPERTS, D_MODEL = 3, 4
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def routing_to(chosen: list[list[int]], weight_TK: Tensor) -> Routing:
+    expert_TK = torch.tensor(chosen)
+    return Routing(
+        expert_TK=expert_TK,
+        weight_TK=weight_TK,
+        logit_TE=normal(len(chosen), NUM_EXPERTS),
+        prob_TE=normal(len(chosen), NUM_EXPERTS),
+        count_E=torch.bincount(expert_TK.flatten(), minlength=NUM_EXPERTS),
+    )
+
+
+@pytest.mark.parametrize("name", EXPERTS_OF_TOKENS)
+def test_rows_are_the_tokens_of_each_expert_in_turn(name: str) -> None:
+    chosen = EXPERTS_OF_TOKENS[name]
+    x_TD, routing = normal(len(chosen), D_MODEL), routing_to(chosen, normal(len(chosen), len(chosen[0])))
+    rows = Dispatcher(None).dispatch(x_TD, routing)
+    expected = [x for expert in range(NUM_EXPERTS) for x, mine in zip(x_TD, chosen, strict=True) if expert in mine]
+    assert torch.equal(rows.x_RD, torch.stack(expected))
+    assert rows.count_e.tolist() == [sum(expert in mine for mine in chosen) for expert in range(NUM_EXPERTS)]
+
+
+@pytest.mark.parametrize("name", EXPERTS_OF_TOKENS)
+def test_combine_weighs_and_adds_up_what_the_experts_answered(name: str) -> None:
+    """Expert i answers (i + 1) x, so a token gets x times the sum of weight * (i + 1)."""
+    chosen = EXPERTS_OF_TOKENS[name]
+    x_TD, weight_TK = normal(len(chosen), D_MODEL), normal(len(chosen), len(chosen[0]), seed=1)
+    dispatcher = Dispatcher(None)
+    rows = dispatcher.dispatch(x_TD, routing_to(chosen, weight_TK))
+    factor_R = torch.arange(1.0, NUM_EXPERTS + 1, dtype=torch.float64).repeat_interleave(rows.count_e)
+    y_TD = dispatcher.combine(rows.x_RD * factor_R.unsqueeze(1), rows.receipt)
+    for token, experts in enumerate(chosen):
+        factor = sum(weight_TK[token, k].item() * (expert + 1) for k, expert in enumerate(experts))
+        torch.testing.assert_close(y_TD[token], x_TD[token] * factor)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("name", EXPERTS_OF_TOKENS)
+def test_gradients_are_those_of_finite_differences(name: str, activation: str) -> None:
+    """Through the tokens, both maps of the experts and the routing weights, for a fixed choice of experts."""
+    chosen = EXPERTS_OF_TOKENS[name]
+    experts = Experts(D_MODEL, d_expert=2, activation=activation, global_ids=range(NUM_EXPERTS))
+    dispatcher = Dispatcher(None)
+
+    def layer(x_TD: Tensor, weight_TK: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        rows = dispatcher.dispatch(x_TD, routing_to(chosen, weight_TK))
+        y_RD = functional_call(experts, {"w_in": w_in, "w_out": w_out}, (rows.x_RD, rows.count_e))
+        return dispatcher.combine(y_RD, rows.receipt)
+
+    shapes = [(len(chosen), D_MODEL), (len(chosen), len(chosen[0])), experts.w_in.shape, experts.w_out.shape]
+    inputs = [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(layer, inputs)
