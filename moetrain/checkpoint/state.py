@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -90,7 +91,7 @@ def load(directory: Path, fragments: Iterable[Fragment], *, group: dist.ProcessG
     state = {fragment.name: _Interval.of(fragment) for fragment in fragments}
     try:
         dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise CheckpointError(f"{directory} does not fit this model: {_cause(error)}") from error
 
 
@@ -109,7 +110,7 @@ def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
     result, failure = None, None
     try:
         result = action()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         failure = _cause(error)
     failures: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
@@ -176,16 +177,24 @@ class _Reader(dcp.FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        plain = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        if plain and name.lstrip("_")[:1].isupper():
-            return super().find_class(module, name)
-        if (module, name) in {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "dtype"),
-            ("builtins", "list"),
-            ("builtins", "dict"),
-            ("builtins", "set"),
-        }:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of moetrain holds")
+
+
+_INDEX_NAMES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath",),
+}

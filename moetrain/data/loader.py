@@ -98,8 +98,8 @@ class Batches:
 class HeldOutBatch:
     """One micro-batch of held-out text."""
 
-    tokens_MS: npt.NDArray[np.int64]  # what goes in; 0 where there is only padding
-    targets_MS: npt.NDArray[np.int64]  # what comes next; NOT_COUNTED where there is only padding
+    tokens: npt.NDArray[np.int64]  # [M, S], what goes in; 0 where there is only padding
+    targets: npt.NDArray[np.int64]  # [M, S], what comes next; NOT_COUNTED where there is only padding
 
 
 def held_out_batches(
@@ -149,14 +149,14 @@ def held_out_batches(
 def _held_out_batch(
     tokens: npt.NDArray[Any], sequences: npt.NDArray[np.int64], *, sequence_length: int, micro_batch: int
 ) -> HeldOutBatch:
-    tokens_MS = np.zeros((micro_batch, sequence_length), dtype=np.int64)
-    targets_MS = np.full((micro_batch, sequence_length), NOT_COUNTED, dtype=np.int64)
+    inputs = np.zeros((micro_batch, sequence_length), dtype=np.int64)
+    targets = np.full((micro_batch, sequence_length), NOT_COUNTED, dtype=np.int64)
     for row, sequence in enumerate(sequences):
         start = int(sequence) * sequence_length
         piece = tokens[start : start + sequence_length + 1]
-        tokens_MS[row, : len(piece) - 1] = piece[:-1]
-        targets_MS[row, : len(piece) - 1] = piece[1:]
-    return HeldOutBatch(tokens_MS=tokens_MS, targets_MS=targets_MS)
+        inputs[row, : len(piece) - 1] = piece[:-1]
+        targets[row, : len(piece) - 1] = piece[1:]
+    return HeldOutBatch(tokens=inputs, targets=targets)
 
 
 def permute(places: npt.NDArray[np.int64], *, size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:

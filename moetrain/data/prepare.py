@@ -38,8 +38,8 @@ def prepared_directory(
     Raises:
         DataError: the text or the tokenizer file cannot be found, or ``name`` is not a file name.
     """
-    if Path(name).name != name:
-        raise DataError(f"data.name is {name!r}, but it becomes part of a directory's name: leave out '/' and '..'")
+    if not name or "/" in name:
+        raise DataError(f"data.name is {name!r}, but it becomes part of a directory's name: write one word without '/'")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise DataError(f"data.tokenizer is {tokenizer!r}, but there is no such file: name a tokenizer.json")
     covered = {
@@ -102,10 +102,10 @@ def prepare(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
-            f"{directory} cannot be written ({what}); nothing was left there: make room, or set data.prepared to a "
-            "directory on another disk"
+            f"{directory} cannot be written ({'the disk is full' if is_full else error}); nothing was left there: "
+            f"{'make room, or ' if is_full else ''}set data.prepared to another directory"
         ) from error
     return _fitting(open_prepared(directory), vocab_size=vocab_size)
 

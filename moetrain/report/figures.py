@@ -95,6 +95,7 @@ def expert_load_map(metrics: Metrics, path: Path, *, title: str) -> None:
     import numpy as np
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # dtype=float turns the nulls of a layer without tokens into NaN, which stays blank.
     share = np.array([line["load"] for line in loads[-_LAST_LINES:]], dtype=float).mean(axis=0)
@@ -102,9 +103,8 @@ def expert_load_map(metrics: Metrics, path: Path, *, title: str) -> None:
     map_width = min(max(3.2, 0.42 * min(num_experts, _MOST_EXPERTS_WITH_NUMBERS) + 1.2), 8.0)
     height = min(max(3.2, 0.3 * num_layers + 1.6), 6.5)
     with style.context(_STYLE, after_reset=True):
-        figure = Figure(figsize=(map_width + 4.6, height), layout="constrained")
+        figure = Figure(figsize=(map_width + 4.6, height), layout=ConstrainedLayoutEngine(wspace=0.06))
         left, right = figure.subplots(1, 2, width_ratios=[map_width, 4.6])
-        figure.get_layout_engine().set(wspace=0.06)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         first, last = loads[-_LAST_LINES:][0]["step"], loads[-1]["step"]
         left.set_title(f"load, mean of steps {first:,} to {last:,}" if first != last else f"load at step {last:,}")
@@ -133,9 +133,11 @@ def _heat_map(figure: Any, axes: Any, load: Any) -> None:
     if num_experts <= _MOST_EXPERTS_WITH_NUMBERS:
         for layer, expert in ((i, j) for i in range(num_layers) for j in range(num_experts)):
             value = load[layer, expert]
+            if math.isnan(value):
+                continue
             colour = "white" if abs(value - 1) > 0.65 else "black"
             axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, aspect=30, extend="max" if load.max() > 2 else "neither")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, aspect=30, extend="max" if (load > 2).any() else "neither")
     bar.set_label("share of tokens x experts (1 = fair)")
     bar.outline.set_visible(False)
 

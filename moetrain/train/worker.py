@@ -336,7 +336,7 @@ def main(run_dir: Path) -> int:
     """
     try:
         finished = run_rank(run_dir)
-    except Exception as error:
+    except BaseException as error:  # some of torch.distributed's are no Exception
         write_error(run_dir / "log", rank=int(os.environ.get("RANK", "0")), error=error,
                     user=isinstance(error, MoetrainError))  # fmt: skip
         traceback.print_exc()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -34,6 +34,7 @@ def rename_end_of_text(name: str, path: Path) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_every_text_comes_back(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text).ids, skip_special_tokens=False) == text
@@ -48,7 +49,7 @@ def test_every_byte_has_an_entry_even_if_no_document_holds_it():
 
 
 def test_a_word_seen_often_becomes_one_token():
-    assert [TOKENIZER.decode([token]) for token in TOKENIZER.encode("the cat sat").ids][0] == "the"
+    assert TOKENIZER.decode(TOKENIZER.encode("the cat sat").ids[:1]) == "the"
     assert len(TOKENIZER.encode(" sat").ids) == 1
 
 

@@ -39,7 +39,7 @@ def _groups(rank: int) -> dict[str, Any]:
     stop()
     answers["left"] = not dist.is_initialized()
     stop()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     answers["alone"] = _describe(start(expert_parallel=1, timeout_seconds=30.0))
     stop()
     return answers

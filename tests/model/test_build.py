@@ -1,0 +1,155 @@
+"""From settings to modules and first weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from moetrain.config.freeze import freeze
+from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.model.build import build_model, initialize
+from moetrain.model.ffn import FeedForward
+from moetrain.model.gpt import GPT
+from moetrain.moe.layer import MoELayer
+from moetrain.plan.flops import count_parameters
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+
+SMALL = ModelConfig(
+    vocab_size=64,
+    context=16,
+    num_layers=3,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=2,
+    d_ff=48,
+    tie_embeddings=False,
+    init_std=0.05,
+    moe=MoEConfig(num_experts=4, d_expert=24, every=1),
+)
+DENSE = replace(SMALL, norm="layernorm", positions="learned", activation="gelu", bias=True, moe=None)
+VARIANTS = {
+    "sparse": SMALL,
+    "dense with biases": DENSE,
+    "every other": replace(SMALL, num_layers=4, moe=MoEConfig(num_experts=4, every=2, activation="relu")),
+    "layernorm without biases": replace(SMALL, norm="layernorm", tie_embeddings=True),
+    "sparse with biases": replace(DENSE, moe=MoEConfig(num_experts=3, every=2)),
+    "wide heads": replace(SMALL, num_kv_heads=None, d_head=20),
+}
+
+
+def load_preset(path: Path) -> ModelConfig:
+    """As Hydra composes it, without Hydra."""
+    settings = yaml.safe_load(path.read_text())
+    group = next(entry["moe"] for entry in settings.pop("defaults") if isinstance(entry, dict))
+    assert group in ("none", "preset")
+    if group == "none":
+        settings["moe"] = None
+    return freeze({"model": settings}).model
+
+
+def assert_counts_agree(model: ModelConfig) -> None:
+    with torch.device("meta"):
+        gpt = build_model(model)
+    planned = count_parameters(model)
+    assert sum(each.numel() for each in gpt.parameters()) == planned.total
+    experts = sum(each.numel() for name, each in gpt.named_parameters() if ".experts." in name)
+    assert experts == planned.experts
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_each_preset_builds_to_the_planned_number_of_parameters(path: Path) -> None:
+    assert_counts_agree(load_preset(path))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_kind_of_model_builds_to_the_planned_number_of_parameters(name: str) -> None:
+    assert_counts_agree(VARIANTS[name])
+
+
+@pytest.mark.parametrize(("every", "sparse"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (4, [3])])
+def test_the_last_block_of_every_n_is_sparse(every: int, sparse: list[int]) -> None:
+    gpt = build_model(replace(SMALL, num_layers=4, moe=MoEConfig(num_experts=4, every=every)))
+    kinds = [type(block.feed_forward) for block in gpt.blocks]
+    assert kinds == [MoELayer if index in sparse else FeedForward for index in range(4)]
+
+
+def weights(model: ModelConfig, *, seed: int = 7, local: range | None = None) -> dict[str, Tensor]:
+    gpt = build_model(model, local_experts=local)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.fill_(math.nan)
+    initialize(gpt, init_std=model.init_std, seed=seed)
+    return {name: parameter.detach() for name, parameter in gpt.named_parameters()}
+
+
+@pytest.mark.parametrize("expert_parallel", [2, 4])
+def test_weights_do_not_depend_on_who_holds_the_experts(expert_parallel: int) -> None:
+    whole, each = weights(SMALL), 4 // expert_parallel
+    shares = [weights(SMALL, local=range(first, first + each)) for first in range(0, 4, each)]
+    for name, weight in whole.items():
+        if ".experts." in name:
+            assert torch.equal(torch.cat([share[name] for share in shares]), weight), name
+        else:
+            assert all(torch.equal(share[name], weight) for share in shares), name
+
+
+def test_weights_are_a_function_of_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = weights(SMALL)
+    torch.manual_seed(2)
+    again, other = weights(SMALL), weights(SMALL, seed=8)
+    for name, weight in first.items():
+        assert torch.equal(again[name], weight), name
+        if weight.dim() > 1:
+            assert not torch.isclose(other[name], weight).all(), name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_two_weights_start_alike(name: str) -> None:
+    """Not two experts, nor two layers, nor two maps of one layer: equal ones would learn the same."""
+    rows = []
+    for weight_name, weight in weights(VARIANTS[name]).items():
+        if ".experts." in weight_name:
+            rows += [each.flatten()[:64] for each in weight]
+        elif weight.dim() > 1:
+            rows.append(weight.flatten()[:64])
+    for first, second in combinations(rows, 2):
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.7
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_first_weights_have_the_spread_of_gpt2(name: str) -> None:
+    """Normal with init_std; into the residual stream by sqrt(2 num_layers) less; norms 1, biases 0."""
+    model = VARIANTS[name]
+    into_residual = ("attention.out.weight", "feed_forward.w_out.weight", "feed_forward.experts.w_out")
+    for weight_name, weight in weights(model).items():
+        if weight_name.endswith("bias"):
+            assert (weight == 0).all(), weight_name
+        elif "norm" in weight_name:
+            assert (weight == 1).all(), weight_name
+        else:
+            scale = math.sqrt(2 * model.num_layers) if weight_name.endswith(into_residual) else 1.0
+            std = model.init_std / scale
+            # five standard errors of a mean and of a standard deviation
+            count = weight.numel()
+            assert weight.mean().item() == pytest.approx(0.0, abs=5 * std / math.sqrt(count)), weight_name
+            assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * count)), weight_name
+
+
+def test_every_weight_is_given_a_value() -> None:
+    for name in VARIANTS:
+        assert all(weight.isfinite().all() for weight in weights(VARIANTS[name]).values()), name
+
+
+def test_tied_models_have_one_table_of_tokens() -> None:
+    tied: GPT = build_model(replace(SMALL, tie_embeddings=True))
+    assert tied.head is None
+    assert [name for name, each in tied.named_parameters() if each.shape == (64, 32)] == ["embedding.weight"]
