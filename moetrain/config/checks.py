@@ -42,14 +42,15 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
     Args:
         default_processes: processes to start on this machine when the user named no number.
     """
-    processes = run.launch.processes or default_processes
+    processes = default_processes if run.launch.processes is None else run.launch.processes
+    length = run.model.context if run.batch.sequence_length is None else run.batch.sequence_length
     expert_parallel = run.parallel.expert_parallel
     if expert_parallel is None:
         expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
     return replace(
         run,
         run_dir=run.run_dir or f"runs/{run.name}",
-        batch=replace(run.batch, sequence_length=run.batch.sequence_length or run.model.context),
+        batch=replace(run.batch, sequence_length=length),
         launch=replace(run.launch, processes=processes),
         parallel=replace(run.parallel, expert_parallel=expert_parallel),
     )
@@ -80,7 +81,7 @@ def steps_in_run(schedule: ScheduleConfig, *, tokens_per_step: int) -> int:
 
 def in_steps(steps: int | None, tokens: int | None, *, tokens_per_step: int) -> int | None:
     """A length given in steps or in tokens, in steps; tokens are rounded up to whole steps."""
-    return steps if tokens is None else math.ceil(tokens / tokens_per_step)
+    return steps if tokens is None else -(-tokens // tokens_per_step)
 
 
 def _single_fields(flat: dict[str, object]) -> Iterator[str]:
@@ -110,22 +111,21 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
 
 
 def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return 0 < value < math.inf
 
 
 def _is_not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+    return 0 <= value < math.inf
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
     if model.d_head is None and model.d_model % model.num_heads:
         yield (
             f"model.d_model is {model.d_model}, but must be a multiple of model.num_heads, {model.num_heads}: "
-            "choose another number of heads, or set model.d_head"
+            f"use {_near(model.d_model, model.num_heads)}, another number of heads, or set model.d_head"
         )
-    d_head = model.d_head or model.d_model // model.num_heads
-    if model.positions == "rope" and d_head % 2:
-        yield f"model.d_head is {d_head}, but must be even for model.positions=rope"
+    elif model.positions == "rope" and (d_head := model.d_head or model.d_model // model.num_heads) % 2:
+        yield f"model.d_head is {d_head}, but must be even for model.positions=rope: set model.d_head={d_head + 1}"
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         yield (
             f"model.num_kv_heads is {model.num_kv_heads}, but must divide model.num_heads, {model.num_heads}: "
@@ -137,7 +137,10 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
     if moe.top_k > moe.num_experts:
-        yield f"model.moe.top_k is {moe.top_k}, but must be at most model.moe.num_experts, {moe.num_experts}"
+        yield (
+            f"model.moe.top_k is {moe.top_k}, but must be at most model.moe.num_experts, {moe.num_experts}: use fewer, "
+            f"or {moe.top_k} experts"
+        )
     if moe.every > num_layers:
         yield (
             f"model.moe.every is {moe.every}, but must be at most model.num_layers, {num_layers}: no block would be "
@@ -147,21 +150,22 @@ def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
 
 def _layout(run: RunConfig) -> Iterator[str]:
     expert_parallel, world_size = run.parallel.expert_parallel or 1, run.launch.processes or 1
-    if world_size % expert_parallel:
-        yield (
-            f"parallel.expert_parallel is {expert_parallel}, but must divide the world size, {world_size}: "
-            f"use one of {_divisors(world_size)}"
-        )
     if run.model.moe is None:
         if expert_parallel > 1:
             yield f"parallel.expert_parallel is {expert_parallel}, but the model is dense: use 1"
-    elif run.model.moe.num_experts % expert_parallel:
-        experts = run.model.moe.num_experts
-        above = math.ceil(experts / expert_parallel) * expert_parallel
+        return
+    experts = run.model.moe.num_experts
+    fitting = _divisors(math.gcd(world_size, experts))
+    if world_size % expert_parallel:
+        yield (
+            f"parallel.expert_parallel is {expert_parallel}, but must divide the world size, {world_size}: "
+            f"use one of {fitting}"
+        )
+    elif experts % expert_parallel:
         yield (
             f"model.moe.num_experts is {experts}, but must be a multiple of parallel.expert_parallel, "
-            f"{expert_parallel}: use {' or '.join(str(n) for n in (above - expert_parallel, above) if n)}, "
-            f"or an expert_parallel of {_divisors(experts)}"
+            f"{expert_parallel}: use {_near(experts, expert_parallel, least=run.model.moe.top_k)}, "
+            f"or an expert_parallel of {fitting}"
         )
 
 
@@ -169,16 +173,15 @@ def _batch(run: RunConfig) -> Iterator[str]:
     batch: BatchConfig = run.batch
     per_pass = batch.micro_batch * (run.launch.processes or 1)
     if batch.global_batch % per_pass:
-        above = math.ceil(batch.global_batch / per_pass) * per_pass
-        near = " or ".join(str(n) for n in (above - per_pass, above) if n)
         yield (
             f"batch.global_batch is {batch.global_batch}, but must be a multiple of batch.micro_batch x world size, "
-            f"{batch.micro_batch} x {run.launch.processes} = {per_pass}: use {near}, or another micro_batch"
+            f"{batch.micro_batch} x {run.launch.processes} = {per_pass}: use {_near(batch.global_batch, per_pass)}, or "
+            "another micro_batch"
         )
     if batch.sequence_length and batch.sequence_length > run.model.context:
         yield (
             f"batch.sequence_length is {batch.sequence_length}, but must be at most model.context, "
-            f"{run.model.context}"
+            f"{run.model.context}: use less, or a longer context"
         )
 
 
@@ -195,9 +198,13 @@ def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
                 "but only one may be set: set the other to null"
             )
     if schedule.steps is None and schedule.tokens is None:
-        yield "schedule.steps and schedule.tokens are both null, but one must say how long the run is"
-    if schedule.kind != "wsd" and (schedule.decay_steps or schedule.decay_tokens):
-        yield f"schedule.decay_steps is set, but schedule.kind is {schedule.kind}: it belongs to wsd alone"
+        yield "schedule.steps and schedule.tokens are both null, but one must say how long the run is: set one"
+    for name, decay in (("decay_steps", schedule.decay_steps), ("decay_tokens", schedule.decay_tokens)):
+        if schedule.kind != "wsd" and decay is not None:
+            yield (
+                f"schedule.{name} is {decay:,}, but schedule.kind is {schedule.kind}, and only wsd has a decay of its "
+                "own: set it to null, or schedule.kind=wsd"
+            )
 
 
 def _engine(run: RunConfig) -> Iterator[str]:
@@ -206,6 +213,12 @@ def _engine(run: RunConfig) -> Iterator[str]:
             "parallel.zero_stage is 0, but must be 1 or 2 with model.dtype=bf16: DeepSpeed 0.19 takes a wrong first "
             "Adam step at stage 0 in bf16"
         )
+
+
+def _near(number: int, factor: int, *, least: int = 1) -> str:
+    """The multiples of ``factor`` on both sides of ``number``."""
+    above = math.ceil(number / factor) * factor
+    return " or ".join(str(n) for n in (above - factor, above) if n >= least)
 
 
 def _divisors(number: int) -> list[int]:

@@ -64,13 +64,16 @@ def setting_names() -> set[str]:
 
 
 def suggest(name: str, known: set[str]) -> str:
-    """' ; did you mean …' for the nearest known name, or nothing."""
-    # a name right but for its section is the commonest slip: compare last parts too
-    by_last_part = [each for each in sorted(known) if each.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or by_last_part
-    if not near:
-        last = {each.rsplit(".", 1)[-1]: each for each in sorted(known)}
-        near = [last[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
+    """'; did you mean …' for the nearest known name, or nothing."""
+    own, last = _last_part(name), {each: _last_part(each) for each in sorted(known)}
+    # a name right but for its section is the commonest slip, then one cut short (experts for num_experts)
+    same = [each for each in last if last[each] == own]
+    alike = [each for each in last if min(len(own), len(last[each])) > 3 and (own in last[each] or last[each] in own)]
+    near = (
+        difflib.get_close_matches(name, same or alike, n=1, cutoff=0)
+        or difflib.get_close_matches(name, list(last), n=1, cutoff=0.6)
+        or [each for each in last if last[each] in difflib.get_close_matches(own, last.values(), n=1, cutoff=0.7)]
+    )
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
@@ -78,7 +81,7 @@ def write_run(run: RunConfig, directory: Path) -> None:
     """Write ``run.yaml`` in one step: a reader sees the old file or the new one, never half of one."""
     path = directory / RUN_FILE
     partial = path.with_suffix(".yaml.partial")
-    partial.write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
+    partial.write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -90,14 +93,21 @@ def read_run(directory: Path) -> RunConfig:
     """
     path = directory / RUN_FILE
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"{path} does not exist: name the directory of a run, e.g. run_dir=runs/tiny"]) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path} cannot be read: {error}"]) from None
     if not isinstance(settings, dict):
-        raise ConfigError([f"{path} holds no settings"])
-    return freeze(settings)
+        raise ConfigError([f"{path} holds no settings: name another run_dir"])
+    try:
+        return freeze(settings)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def _last_part(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _names(section: type, prefix: str) -> Iterator[str]:
@@ -122,14 +132,16 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _build(section: type, settings: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(settings, dict):
-        problems.append(f"'{prefix.rstrip('.')}' is {settings!r}, but must be a section of settings")
+        problems.append(f"'{prefix.rstrip('.')}' is {_shown(settings)}, but must be a section of settings")
         return None
     hints = typing.get_type_hints(section)
-    known = {each.name for each in dataclasses.fields(section)}
+    known = [each.name for each in dataclasses.fields(section)]
+    in_run = section is RunConfig or bool(prefix)
+    way_out = "; see `moetrain config` for those there are" if in_run else f": use {', '.join(known)}"
     for key in settings:
         if key not in known:
-            hint = suggest(f"{prefix}{key}", setting_names() if section is RunConfig or prefix else known)
-            problems.append(f"'{prefix}{key}' is not a setting{hint or '; see `moetrain config` for those there are'}")
+            hint = suggest(f"{prefix}{key}", setting_names() if in_run else set(known))
+            problems.append(f"'{prefix}{key}' is not a setting{hint or way_out}")
     values = {
         name: _value(hints[name], settings[name], f"{prefix}{name}", problems) for name in known if name in settings
     }
@@ -144,7 +156,7 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if nested is not None:
         return _build(nested, value, f"{name}.", problems)
     kind = next(each for each in options if each is not type(None))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
@@ -155,5 +167,13 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return value
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of texts")
     or_null = " or null" if type(None) in options else ""
-    problems.append(f"'{name}' is {value!r}, but must be {wanted}{or_null}")
+    # the command line reads name=2024 as a number
+    is_bare = kind is str and isinstance(value, (bool, int, float))
+    as_text = f": on the command line, '{name}=\"{_shown(value)}\"' is text" if is_bare else ""
+    problems.append(f"'{name}' is {_shown(value)}, but must be {wanted}{or_null}{as_text}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a user writes it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))

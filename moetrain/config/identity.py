@@ -16,10 +16,14 @@ _FREE = ("model.dtype", "data.name", "data.prepared")
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings whose values differ: dotted name -> (before, now)."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(now))
-    names = sorted(old.keys() | new.keys())
-    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+    """Settings whose values differ: dotted name -> (before, now). When one of the two is dense: ``model.moe``, whole."""
+    old, new = to_dict(before), to_dict(now)
+    found: dict[str, tuple[Any, Any]] = {}
+    if (before.model.moe is None) != (now.model.moe is None):
+        found["model.moe"] = (old["model"].pop("moe"), new["model"].pop("moe"))
+    flat_old, flat_new = flatten(old), flatten(new)
+    found |= {name: (flat_old[name], flat_new[name]) for name in flat_old if flat_old[name] != flat_new[name]}
+    return dict(sorted(found.items()))
 
 
 def is_fixed(name: str) -> bool:

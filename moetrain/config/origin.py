@@ -1,4 +1,4 @@
-"""Where a run came from: code, versions, command line, data. Written once beside ``run.yaml``."""
+"""Where a run came from: code, versions, command line, data. One entry for each start, beside ``run.yaml``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moetrain.errors import ConfigError
+
 ORIGIN_FILE = "origin.json"
 _PACKAGES = ("moetrain", "torch", "deepspeed", "datasets", "tokenizers", "hydra-core", "numpy")
 
@@ -23,9 +25,15 @@ def write_origin(directory: Path, *, command: Sequence[str], data: dict[str, Any
     Args:
         command: the command line.
         data: what the tokens were made of.
+
+    Raises:
+        ConfigError: the history there is cannot be read.
     """
     path = directory / ORIGIN_FILE
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    try:
+        starts = list(json.loads(path.read_text())["starts"]) if path.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{path} is not a history of starts ({error}): move it away, and a new one begins"]) from None
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -52,8 +60,10 @@ def _version(package: str) -> str | None:
 def _code() -> dict[str, str] | None:
     """The commit of the checkout, and a digest of what was changed in it; None outside a checkout."""
     package = Path(__file__).resolve().parent.parent
+    # an installation may lie in a checkout of something else: whose commit it is shows only what git tracks
+    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
     commit = _git(package, "rev-parse", "HEAD")
-    if commit is None:
+    if tracked is None or commit is None:
         return None
     changed = _git(package, "diff", "HEAD", "--", ".") or ""
     return {
@@ -64,9 +74,8 @@ def _code() -> dict[str, str] | None:
 
 def _git(directory: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    # a diff may hold bytes of any encoding
+    return done.stdout.decode(errors="backslashreplace")

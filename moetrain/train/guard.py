@@ -8,9 +8,6 @@ import types
 import torch
 import torch.distributed as dist
 
-STOPPED = 75
-"""Exit code of a rank that saved and left because it was asked to (EX_TEMPFAIL: try again later)."""
-
 
 class StopRequest:
     """SIGTERM, SIGINT or SIGUSR1 on any rank stops all of them after the same step.

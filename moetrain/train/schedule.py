@@ -30,10 +30,11 @@ class Schedule:
         """Learning rate of the step that follows ``step`` finished ones."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        if self.kind == "constant":
-            return self.peak
         start = max(self.warmup, self.steps - self.decay) if self.kind == "wsd" else self.warmup
-        # the last step of the run, steps - 1, gets the lowest rate
-        done = min(1.0, max(0.0, (step - start) / max(1, self.steps - 1 - start)))
+        if self.kind == "constant" or step < start:
+            return self.peak
+        # the last step of the run, steps - 1, gets the lowest rate; a run of one step learns at the peak
+        span = self.steps - 1 - start
+        done = min(1.0, (step - start) / span) if span > 0 else float(step > 0)
         share = (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else 1 - done
         return self.peak * (self.min_ratio + (1 - self.min_ratio) * share)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from moetrain.data import build, corpus
 from moetrain.data import prepare as prepare_module
@@ -189,6 +191,16 @@ def test_a_given_tokenizer_is_used_and_must_fit(text, tmp_path):
         match=rf"given\.json has {size} token ids, but model\.vocab_size is {size - 1}.*set model\.vocab_size={size}",
     ):
         run(tmp_path / "other", text, tokenizer=str(path), vocab_size=size - 1)
+
+
+def test_what_a_given_tokenizer_would_add_to_a_text_stays_out(text, tmp_path):
+    plain = train_tokenizer(iter([]), vocab_size=257)
+    adding = Tokenizer.from_str(plain.to_str())
+    adding.post_processor = TemplateProcessing(single=f"{END_OF_TEXT[0]} $A", special_tokens=[(END_OF_TEXT[0], 0)])
+    for name, tokenizer in (("plain", plain), ("adding", adding)):
+        (tmp_path / f"{name}.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        run(tmp_path / name, text, tokenizer=str(tmp_path / f"{name}.json"))
+    assert (tmp_path / "plain" / "train.bin").read_bytes() == (tmp_path / "adding" / "train.bin").read_bytes()
 
 
 def test_a_whole_directory_is_opened_and_nothing_is_done_again(text, tmp_path):

@@ -236,7 +236,7 @@ def run_apart(script: str, *, tmp_path: Path, **variables: str) -> subprocess.Co
     return subprocess.run([sys.executable, "-c", script], env=kept, capture_output=True, text=True, check=False)
 
 
-def test_reading_leaves_nothing_behind_asks_no_network_and_needs_no_torch(tmp_path):
+def test_reading_leaves_nothing_behind_prints_nothing_asks_no_network_and_needs_no_torch(tmp_path):
     script = """
 import socket, sys
 def refuse(*arguments, **_):
@@ -246,9 +246,16 @@ socket.getaddrinfo = socket.socket.connect = socket.create_connection = refuse
 from moetrain.data.text import expand, read_documents
 assert len(list(read_documents(expand(["builtin:sotu"]), text_column="text"))) == 233
 assert "torch" not in sys.modules, "torch was imported"
+from pathlib import Path
+from moetrain.errors import DataError
+try:
+    list(read_documents([Path("BROKEN")], text_column="text"))
+except DataError:
+    sys.exit(7)
 """
-    done = run_apart(script, tmp_path=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    broken = write(tmp_path / "broken.csv", 'text\n"a')
+    done = run_apart(script.replace("BROKEN", str(broken)), tmp_path=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
     assert [*(tmp_path / "HOME").iterdir(), *(tmp_path / "TMPDIR").iterdir()] == []
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,8 @@ from moetrain.launch.local import Outcome, run_local, visible_gpus
 
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
+from moetrain.parallel.lifeline import die_with_parent
+held = die_with_parent()  # so a test that fails leaves no process behind
 rank, run_dir = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
 
 def fail(code, **entry):
@@ -45,6 +47,7 @@ STOPS_ON_REQUEST = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nread
 IGNORES_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\nsleep_until_killed()"
 
 Workers = Callable[[str], list[str]]
+Launcher = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -66,9 +69,13 @@ def workers(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Workers:
     return command
 
 
-def launcher(run_dir: Path, command: list[str], *, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """A launcher with two ranks in a process of its own, which prints what came of it."""
-    body = f"""
+@pytest.fixture
+def launcher(run_dir: Path) -> Iterator[Launcher]:
+    """Starts a launcher of two ranks in a process of its own, which prints what came of it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: list[str], *, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        body = f"""
 import pathlib
 from moetrain.launch.local import run_local
 try:
@@ -76,7 +83,14 @@ try:
 except Exception as error:
     print(f"{{type(error).__name__}}: {{error}}", flush=True)
 """
-    return subprocess.Popen([sys.executable, "-c", body], stdout=stdout, text=True, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-c", body], stdout=stdout, text=True, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def pids(run_dir: Path) -> list[int]:
@@ -94,7 +108,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -138,11 +152,9 @@ def test_only_rank_0_speaks_to_the_terminal(run_dir: Path, workers: Workers, cap
     ]
 
 
-def test_rank_0_keeps_an_interactive_terminal(run_dir: Path, workers: Workers) -> None:
+def test_rank_0_keeps_an_interactive_terminal(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
     ours, theirs = pty.openpty()
-    process = launcher(
-        run_dir, workers('(run_dir / f"tty_{rank}").write_text(str(sys.stdout.isatty()))'), stdout=theirs
-    )
+    process = launcher(workers('(run_dir / f"tty_{rank}").write_text(str(sys.stdout.isatty()))'), stdout=theirs)
     assert process.wait(10) == 0
     os.close(theirs)
     os.close(ours)
@@ -217,15 +229,15 @@ def test_what_cannot_be_started_is_told(run_dir: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_lets_the_workers_save_and_is_no_error(
-    run_dir: Path, workers: Workers, number: signal.Signals
+    run_dir: Path, workers: Workers, launcher: Launcher, number: signal.Signals
 ) -> None:
-    process = launcher(run_dir, workers(STOPS_ON_REQUEST))
+    process = launcher(workers(STOPS_ON_REQUEST))
     pids(run_dir)
     process.send_signal(number)
-    assert process.communicate(timeout=5)[0] == "Outcome(stopped=True)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True)\n"
 
 
-def test_ctrl_c_reaches_the_workers_once_and_as_sigterm(run_dir: Path, workers: Workers) -> None:
+def test_ctrl_c_reaches_the_workers_once_and_as_sigterm(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
     body = """
 got = []
 def note(number, frame):
@@ -239,14 +251,14 @@ time.sleep(0.3)
 (run_dir / f"got_{rank}").write_text(" ".join(signal.Signals(n).name for n in got))
 sys.exit(75)
 """
-    process = launcher(run_dir, workers(body))
+    process = launcher(workers(body))
     pids(run_dir)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.communicate(timeout=5)[0] == "Outcome(stopped=True)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True)\n"
     assert [(run_dir / f"got_{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
 
 
-def test_a_stop_before_the_workers_listen_is_no_error(run_dir: Path, workers: Workers) -> None:
+def test_a_stop_before_the_workers_listen_is_no_error(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
     # Rank 0 waits for rank 1, which SIGTERM ended at once, and fails when the connection breaks.
     body = """
 if rank == 0:
@@ -263,22 +275,22 @@ if rank == 0:
 ready()
 sleep_until_killed()
 """
-    process = launcher(run_dir, workers(body))
+    process = launcher(workers(body))
     pids(run_dir)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=5)[0] == "Outcome(stopped=True)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True)\n"
 
 
-def test_a_run_that_completes_in_spite_of_a_stop_request_is_complete(run_dir: Path, workers: Workers) -> None:
-    process = launcher(
-        run_dir, workers("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nready()\nsleep_until_killed()")
-    )
+def test_a_run_that_completes_in_spite_of_a_stop_request_is_complete(
+    run_dir: Path, workers: Workers, launcher: Launcher
+) -> None:
+    process = launcher(workers("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nready()\nsleep_until_killed()"))
     pids(run_dir)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=5)[0] == "Outcome(stopped=False)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=False)\n"
 
 
-def test_a_fault_while_saving_after_a_stop_request_is_told(run_dir: Path, workers: Workers) -> None:
+def test_a_fault_while_saving_after_a_stop_request_is_told(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
     body = """
 def save(*_):
     if rank == 1:
@@ -289,27 +301,26 @@ signal.signal(signal.SIGTERM, save)
 ready()
 sleep_until_killed()
 """
-    process = launcher(run_dir, workers(body))
+    process = launcher(workers(body))
     pids(run_dir)
     process.send_signal(signal.SIGTERM)
-    assert "LaunchError: rank 1 failed with OSError: disk full" in process.communicate(timeout=5)[0]
+    assert "LaunchError: rank 1 failed with OSError: disk full" in process.communicate(timeout=20)[0]
 
 
-def test_a_second_request_kills_at_once(run_dir: Path, workers: Workers) -> None:
-    process = launcher(run_dir, workers(IGNORES_SIGTERM))
+def test_a_second_request_kills_at_once(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
+    process = launcher(workers(IGNORES_SIGTERM))
     started = pids(run_dir)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert "LaunchError: killed at the second request" in process.communicate(timeout=3)[0]
+    assert "LaunchError: killed at the second request" in process.communicate(timeout=20)[0]
     assert not any(map(alive, started))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ties a process to its parent")
-def test_workers_vanish_with_a_launcher_that_is_killed(run_dir: Path, workers: Workers) -> None:
-    body = f"from moetrain.parallel.lifeline import die_with_parent\nassert die_with_parent()\n{IGNORES_SIGTERM}"
-    process = launcher(run_dir, workers(body))
+def test_workers_vanish_with_a_launcher_that_is_killed(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
+    process = launcher(workers(f"assert held\n{IGNORES_SIGTERM}"))
     started = pids(run_dir)
     assert all(map(alive, started))
     process.kill()

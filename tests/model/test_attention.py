@@ -19,9 +19,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_attention(*, num_heads: int, num_kv_heads: int, bias: bool = False) -> Attention:
-    attention = Attention(
-        D_MODEL, num_heads=num_heads, num_kv_heads=num_kv_heads, d_head=D_HEAD, bias=bias
-    ).double()
+    attention = Attention(D_MODEL, num_heads=num_heads, num_kv_heads=num_kv_heads, d_head=D_HEAD, bias=bias).double()
     with torch.no_grad():
         for seed, parameter in enumerate(attention.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=10 + seed) / 2)

@@ -23,7 +23,7 @@ from moetrain.plan.flops import count_parameters
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 
 SMALL = ModelConfig(
-    vocab_size=64,
+    vocab_size=70,
     context=16,
     num_layers=3,
     d_model=32,
@@ -152,4 +152,4 @@ def test_every_weight_is_given_a_value() -> None:
 def test_tied_models_have_one_table_of_tokens() -> None:
     tied: GPT = build_model(replace(SMALL, tie_embeddings=True))
     assert tied.head is None
-    assert [name for name, each in tied.named_parameters() if each.shape == (64, 32)] == ["embedding.weight"]
+    assert [name for name, each in tied.named_parameters() if each.shape == (70, 32)] == ["embedding.weight"]

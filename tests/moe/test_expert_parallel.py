@@ -110,5 +110,3 @@ def _assert_equals_one_process(answers: list[dict[str, Tensor]], members: list[i
     torch.testing.assert_close(sum(answer["router"] for answer in answers), whole["router"], **router_error)
     assert torch.equal(sum(answer["count"] for answer in answers), whole["count"])
     assert [int(answer["count"].sum()) for answer in answers] == [TOKENS_OF_RANKS[rank] * TOP_K for rank in members]
-
-

@@ -70,7 +70,11 @@ def test_grouped_linear_takes_a_gradient_that_is_no_block_of_memory() -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_grouped_linear_on_a_gpu_is_that_of_the_cpu(name: str, dtype: torch.dtype) -> None:
     counts = COUNTS[name]
-    values = [normal(sum(counts), 64, dtype=dtype), normal(3, 32, 64, dtype=dtype), normal(sum(counts), 32, dtype=dtype)]
+    values = [
+        normal(sum(counts), 64, dtype=dtype),
+        normal(3, 32, 64, dtype=dtype),
+        normal(sum(counts), 32, dtype=dtype),
+    ]
     # the results may land in memory that was used before: what the kernel leaves unwritten then shows as NaN
     poison = [torch.full((3, 32, 64), math.nan, dtype=dtype, device="cuda") for _ in range(8)]
     del poison

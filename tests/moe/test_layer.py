@@ -101,9 +101,7 @@ def test_layer_is_a_loop_over_tokens_and_experts(
     num_experts: int, top_k: int, activation: str, renormalize: bool
 ) -> None:
     layer = make_layer(num_experts, top_k=top_k, activation=activation, renormalize=renormalize)
-    assert_equals_the_loop(
-        layer, normal(13, D_MODEL), top_k=top_k, activation=activation, renormalize=renormalize
-    )
+    assert_equals_the_loop(layer, normal(13, D_MODEL), top_k=top_k, activation=activation, renormalize=renormalize)
 
 
 @pytest.mark.parametrize("tokens", [1, 3], ids=["one token", "fewer tokens than experts"])

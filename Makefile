@@ -1,0 +1,52 @@
+# What a newcomer needs: `make train`, `make test`. Everything lands in .venv; nothing else on the machine changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help train setup test check format lint types bench image clean
+
+help:
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+train: $(VENV)/.installed ## set up if need be, then train (or resume) the tiny model; ARGS="key=value …"
+	$(BIN)/moetrain train $(ARGS)
+
+setup: $(VENV)/.installed-dev ## the virtual environment with everything for development
+
+test: $(VENV)/.installed-dev ## the whole test suite; ARGS="-k name" for a part
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test ## all that CI checks
+
+format: $(VENV)/.installed-dev ## put the code into the project's form
+	$(BIN)/ruff format moetrain tests scripts
+	$(BIN)/ruff check --fix moetrain tests scripts
+
+lint: $(VENV)/.installed-dev ## form and common faults
+	$(BIN)/ruff format --check moetrain tests scripts
+	$(BIN)/ruff check moetrain tests scripts
+
+types: $(VENV)/.installed-dev ## mypy --strict on the rooms without torch
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## time the parts of a training step
+	$(BIN)/python scripts/bench_step.py
+
+image: ## the container image
+	docker build -f docker/Dockerfile -t moetrain .
+
+clean: ## remove the virtual environment and caches; runs and prepared data stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "moetrain needs Python 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
