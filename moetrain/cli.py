@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -82,10 +83,37 @@ examples:
   moetrain sample run_dir=runs/tiny prompt="The state of the Union is" temperature=0.7 seed=3
 """
 
+_LARGEST = 1 << 62
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # the reader of our output left, as `moetrain config | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MoetrainError as error:
+        print(f"moetrain: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"moetrain: {error.filename}: {error.strerror}: choose another place, or mend it", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moetrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(words: Sequence[str]) -> int:
     if words and words[0] in ("--version", "version"):
         print(f"moetrain {__version__}")
         return 0
@@ -100,18 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "-h" in rest or "--help" in rest:
         print(help_text + (_preset_help() if verb != "sample" else ""))
         return 0
-    try:
-        return action(rest)
-    except MoetrainError as error:
-        print(f"moetrain: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("moetrain: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader of our output left, as `moetrain config | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return action(rest)
 
 
 def train(words: Sequence[str]) -> int:
@@ -120,12 +137,13 @@ def train(words: Sequence[str]) -> int:
     run, _ = _settings(options)
     from moetrain.report import screen
 
+    run_dir = Path(str(run.run_dir))
     if "--dry-run" in options.flags:
+        _compare_with_earlier(run, run_dir)
         print(screen.plan_text(run))
         return 0
     from moetrain.launch.lock import RunLock
 
-    run_dir = Path(str(run.run_dir))
     with RunLock(run_dir):
         run = _prepare_run(run, run_dir)
         if screen.is_finished(run, run_dir):
@@ -163,8 +181,6 @@ def config(words: Sequence[str]) -> int:
 
 def sample(words: Sequence[str]) -> int:
     """The verb `sample`."""
-    import yaml
-
     from moetrain.config.freeze import freeze_section
     from moetrain.config.schema import SampleConfig
 
@@ -173,17 +189,29 @@ def sample(words: Sequence[str]) -> int:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError([f"'{word}' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""])
-        given[key] = value if key in ("prompt", "run_dir") else yaml.safe_load(value)
+        given[key] = value if key in ("prompt", "run_dir") else _number(value)
     wanted = freeze_section(SampleConfig, given)
-    rules = (("max_tokens", wanted.max_tokens, 1), ("temperature", wanted.temperature, 0), ("top_k", wanted.top_k, 0))
-    problems = [f"{name} is {value}, but must be at least {least}" for name, value, least in rules if value < least]
+    rules = (("max_tokens", wanted.max_tokens, 1), ("temperature", wanted.temperature, 0), ("top_k", wanted.top_k, 0),
+             ("seed", wanted.seed, 0))  # fmt: skip
+    problems = [f"{name} is {value}, but must be from {least} to {_LARGEST:.0e}"
+                for name, value, least in rules if not least <= value <= _LARGEST]  # fmt: skip
     if problems:
         raise ConfigError(problems)
+    pieces = _sample(**asdict(wanted) | {"run_dir": Path(wanted.run_dir)})
     print(wanted.prompt, end="", flush=True)
-    for piece in _sample(**asdict(wanted) | {"run_dir": Path(wanted.run_dir)}):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 class _Options:
@@ -225,37 +253,53 @@ def _settings(options: _Options) -> tuple[RunConfig, Composed]:
     composed = compose(options.overrides, config_dir=options.config_dir)
     run = freeze(composed.settings)
     if run.name is None:
-        run = replace(run, name=_default_name(composed.choices))
+        run = replace(run, name=_default_name(composed.choices, is_dense=run.model.moe is None))
     run = resolve(run, default_processes=default_processes())
     check(run, flatten(to_dict(run)))
     return run, composed
 
 
-def _default_name(choices: dict[str, str]) -> str:
-    moe = {"preset": "", "none": "-dense"}.get(choices.get("model/moe", ""), f"-{choices.get('model/moe')}")
-    return f"{choices['model']}{moe}"
+def _default_name(choices: dict[str, str], *, is_dense: bool) -> str:
+    moe = choices.get("model/moe", "preset")
+    if is_dense:
+        return f"{choices['model']}-dense"
+    return choices["model"] if moe in ("preset", "none") else f"{choices['model']}-{moe}"
+
+
+def _compare_with_earlier(run: RunConfig, run_dir: Path) -> None:
+    """Refuse settings that an earlier start in ``run_dir`` does not allow, and tell of those that changed."""
+    from moetrain.config.freeze import RUN_FILE, read_run
+    from moetrain.config.identity import differences, is_fixed
+
+    if not (run_dir / RUN_FILE).is_file():
+        return
+    changed = {name: tuple(map(_in_words, values)) for name, values in differences(read_run(run_dir), run).items()}
+    fixed = [name for name in changed if is_fixed(name)]
+    if fixed:
+        raise ConfigError(
+            [
+                f"{name} is {changed[name][1]}, but {run_dir} was started with {changed[name][0]}: "
+                "set it back, or choose another name=… or run_dir=… for another run"
+                for name in fixed
+            ]
+        )
+    free = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name != "data.prepared"]
+    if free:
+        print("changed since the last start: " + ", ".join(free))
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['num_experts']} experts"  # the only section that may be null
+    return "null" if value is None else str(value)
 
 
 def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
-    from moetrain.config.freeze import RUN_FILE, read_run, write_run
-    from moetrain.config.identity import differences, is_fixed
+    from moetrain.config.freeze import write_run
     from moetrain.config.origin import write_origin
 
-    if (run_dir / RUN_FILE).is_file():
-        changed = differences(read_run(run_dir), run)
-        fixed = [name for name in changed if is_fixed(name)]
-        if fixed:
-            raise ConfigError(
-                [
-                    f"{name} is {changed[name][1]!r}, but {run_dir} was started with {changed[name][0]!r}: "
-                    "set it back, or choose another name=… or run_dir=… for another run"
-                    for name in fixed
-                ]
-            )
-        free = [name for name in changed if name != "data.prepared"]
-        if free:
-            print("changed since the last start: " + ", ".join(f"{n} {changed[n][0]} -> {changed[n][1]}" for n in free))
+    _compare_with_earlier(run, run_dir)
     directory, prepared = _prepared(run)
     run = replace(run, data=replace(run.data, prepared=str(directory.resolve())))
     write_run(run, run_dir)
@@ -270,8 +314,8 @@ def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
     from moetrain.metrics.console import StageBars
 
     data = run.data
-    what = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,
-            "vocab_size": run.model.vocab_size, "tokenizer": data.tokenizer}  # fmt: skip
+    what: dict[str, Any] = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,
+                            "vocab_size": run.model.vocab_size, "tokenizer": data.tokenizer}  # fmt: skip
     directory = Path(data.prepared) if data.prepared else prepared_directory(Path("prepared"), name=data.name, **what)
     with StageBars("prepare") as bars:
         return directory, make(directory, progress=bars, **what)
@@ -302,10 +346,10 @@ def _sample(**wanted: Any) -> Any:
 def _preset_help() -> str:
     from moetrain.compose import presets
 
-    lines = ["\nmodels (model=NAME):"]
-    lines += [f"  {name:<18} {title}" for name, title in presets("model").items()]
-    lines += ["\nsparse blocks (model/moe=NAME):"]
-    lines += [f"  {name:<18} {title}" for name, title in presets("model/moe").items()]
+    lines = []
+    for group, what in (("model", "models"), ("model/moe", "sparse blocks"), ("experiment", "experiments")):
+        lines += [f"\n{what} ({group}=NAME):"]
+        lines += [f"  {name:<18} {title}" for name, title in presets(group).items()]
     return "\n".join(lines)
 
 

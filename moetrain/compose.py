@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,7 +29,8 @@ from moetrain.errors import ConfigError
 
 PRIMARY = "run"
 COMMAND_LINE = "command line"
-DEFAULT = "default"
+GROUPS = ("model", "model/moe", "launch", "experiment")
+"""Directories of ``configs/``: each file in one is a preset, chosen by GROUP=NAME."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ def config_directory() -> Path:
 
 
 def presets(group: str) -> dict[str, str]:
-    """The files of a config group and the first line of each, e.g. of ``model``."""
-    return {
-        path.stem: path.read_text().splitlines()[0].lstrip("# ")
-        for path in sorted((config_directory() / group).glob("*.yaml"))
-    }
+    """The files of a config group and a line on each, e.g. of ``model``: its title and its parameters."""
+    found = {}
+    for path in sorted((config_directory() / group).glob("*.yaml")):
+        lines = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:2] == "# "]
+        title = next(line for line in lines if not line.startswith("@package")).partition(" Source:")[0]
+        size = [line for line in lines if line.endswith("active per token.")]
+        found[path.stem] = " ".join([title, *size])
+    return found
 
 
 def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Composed:
@@ -66,22 +72,39 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     Raises:
         ConfigError: what Hydra or the file of a preset would not take; all unknown settings at once.
     """
-    defaults = dataclasses.asdict(RunConfig())
-    ConfigStore.instance().store(name="schema", node=defaults)
-    own = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
-    try:
-        with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            _refuse_unknown(_parse(overrides), config_dir=config_dir)
-            composed = hydra_compose(PRIMARY, overrides=[*own, *overrides], return_hydra_config=True)
+    parsed = _parse(overrides)
+    ConfigStore.instance().store(name="schema", node=dataclasses.asdict(RunConfig()))
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        loader = _loader(config_dir)
+        _refuse_unknown(parsed, loader=loader)
+        try:
+            composed = hydra_compose(PRIMARY, overrides=list(overrides), return_hydra_config=True)
             choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra")}
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
-            settings = OmegaConf.to_container(composed, resolve=True)
-            sources = dict(_sources([*own, *overrides]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([_first_paragraph(error)]) from None
+            settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            sources = dict(_sources(overrides, parsed=parsed, loader=loader))
+        except Exception as error:  # besides its own, Hydra lets PyYAML's, OmegaConf's and bare ValueErrors through
+            raise ConfigError([_in_a_line(error)]) from error
     assert isinstance(settings, dict)
+    _refuse_unknown_in_files(sources)
     return Composed(settings={str(key): value for key, value in settings.items()}, sources=sources, choices=choices)
+
+
+def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
+    """Hydra's reader of files, which then finds the user's directory too."""
+    loader = GlobalHydra.instance().config_loader()
+    assert isinstance(loader, ConfigLoaderImpl)
+    if config_dir is None:
+        return loader
+    ours = sorted(path.relative_to(config_directory()) for path in config_directory().rglob("*.yaml"))
+    hidden = [config_dir / path for path in ours if (config_dir / path).is_file()]
+    if hidden:
+        raise ConfigError([f"{path} would be hidden by moetrain's file of this name: rename it" for path in hidden])
+    # not hydra.searchpath=…: a path may hold characters that an override may not
+    loader.config_search_path.prepend("config-dir", f"file://{config_dir.resolve()}", "schema")
+    loader.repository = ConfigRepository(loader.config_search_path)
+    return loader
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -90,7 +113,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
-        except HydraException:
+        except Exception:  # the parser's own, and those of what it is built on: ValueError, RecursionError
             problems.append(
                 f"'{text}' is not an override: write key=value; quote values with spaces, commas or brackets, "
                 "e.g. 'name=\"a, b\"'"
@@ -100,36 +123,56 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _refuse_unknown(overrides: Sequence[Override], *, config_dir: Path | None) -> None:
+def _refuse_unknown(overrides: Sequence[Override], *, loader: ConfigLoaderImpl) -> None:
     known, problems = setting_names(), []
-    loader = GlobalHydra.instance().config_loader()
-    groups = {"model", "model/moe", "launch", "experiment"}
     for override in overrides:
-        key = override.key_or_group
-        if key in groups and isinstance(override.value(), str):
-            roots = [config_directory(), *([config_dir] if config_dir else [])]
-            options = sorted({path.stem for root in roots for path in (root / key).glob("*.yaml")})
-            if override.value() not in options:
-                near = difflib.get_close_matches(str(override.value()), options, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                problems.append(
-                    f"{key}={override.value()} is not there: {key} is one of {', '.join(options) or 'none'}{hint}"
-                )
-        elif key.startswith("hydra.") or loader.repository.group_exists(key):
-            continue
-        elif key not in known:
-            hint = suggest(key, known | groups)
-            problems.append(f"'{key}' is not a setting{hint or '; see `moetrain config` for those there are'}")
+        key, text = override.key_or_group, override.input_line
+        is_group = bool(key) and not key.startswith("hydra") and loader.repository.group_exists(key)
+        if override.is_delete():
+            problems.append(f"'{text}' takes a setting away, but a run has all of them: give it a value, or null")
+        elif override.package is not None:
+            problems.append(f"'{text}' names a package, but a preset has one place: write {key}=NAME")
         elif override.is_sweep_override():
-            problems.append(f"'{key}' has several values, but a run has one of each")
+            problems.append(
+                f"'{text}' gives several values, but a run has one of each: start a run for each, or, for a list, "
+                f"write '{key}=[a,b]'"
+            )
+        elif is_group and (key in GROUPS or override.is_add()):
+            problems += _unknown_presets(override, options=loader.repository.get_group_options(key, ObjectType.CONFIG))
+        elif not is_group and key not in known:
+            hint = suggest(key, known | set(GROUPS))
+            problems.append(f"'{key}' is not a setting{hint or '; see `moetrain config` for those there are'}")
     if problems:
         raise ConfigError(problems)
 
 
-def _sources(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _unknown_presets(override: Override, *, options: list[str]) -> Iterator[str]:
+    key, value = override.key_or_group, override.value()
+    if key in GROUPS and override.is_add():
+        yield f"'{override.input_line}' adds a preset where there is one already: write {key}={value}, without the +"
+        return
+    # several experiments may be laid over one another; a model is one
+    for name in value if isinstance(value, list) and key not in ("model", "model/moe", "launch") else [value]:
+        if name not in options:
+            near = difflib.get_close_matches(str(name), options, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield f"'{override.input_line}' is not there: {key} is one of {', '.join(options) or 'none'}{hint}"
+
+
+def _refuse_unknown_in_files(sources: dict[str, str]) -> None:
+    known, problems = setting_names(), []
+    for name, source in sources.items():
+        if source != COMMAND_LINE and name not in known:
+            hint = suggest(name, known) or "; see `moetrain config` for those there are"
+            problems.append(f"{source}: '{name}' is not a setting{hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _sources(
+    overrides: Sequence[str], *, parsed: Sequence[Override], loader: ConfigLoaderImpl
+) -> Iterator[tuple[str, str]]:
     """Walk the files in the order in which Hydra merges them; the last to set a value is its source."""
-    loader = GlobalHydra.instance().config_loader()
-    assert isinstance(loader, ConfigLoaderImpl)
     defaults = loader.compute_defaults_list(PRIMARY, list(overrides), run_mode=RunMode.RUN).defaults
     for each in defaults:
         if each.config_path is None or each.config_path.startswith("hydra") or each.config_path == "schema":
@@ -143,14 +186,21 @@ def _sources(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         package = f"{each.package}." if each.package and each.package != "_global_" else ""
         for name in flatten({str(key): value for key, value in content.items()}):
             yield f"{package}{name}", f"{each.config_path}.yaml"
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        yield override.key_or_group, COMMAND_LINE
+    for override in parsed:
+        if not loader.repository.group_exists(override.key_or_group):
+            yield from ((name, COMMAND_LINE) for name in flatten({override.key_or_group: override.value()}))
 
 
-def _first_paragraph(error: Exception) -> str:
+def _in_a_line(error: Exception) -> str:
+    dense = re.match(r"Could not override '(model\.moe\.\w+)'", str(error))
+    if dense:
+        return (
+            f"'{dense[1]}' is set, but the model is dense (model.moe is null): choose model/moe=top2_8e, or leave the "
+            "setting out"
+        )
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of --config-dir is no UTF-8 text: {error}"
     lines = [line.strip() for line in str(error).strip().split("\n\n")[0].splitlines()]
     lines = [line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type"))]
-    message = " ".join(lines)
-    if "Could not override" in message and ".moe." in message:
-        message += "; the model is dense (model.moe is null): choose model/moe=top2_8e or drop the override"
-    return message
+    where = f"'{error.full_key}': " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+    return where + (" ".join(lines) or f"the settings cannot be composed ({type(error).__name__})")

@@ -12,7 +12,7 @@ import io
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def save(
     _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
     partial = store.partial_directory(root, manifest.step)
     writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
-    state = {fragment.name: _Interval.of(fragment) for fragment in fragments}
+    state = _by_name(fragments)
     _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
     digests: list[Any] = [None] * dist.get_world_size(group)
     own = sorted(partial.glob(f"__{dist.get_rank()}_*.distcp"))
@@ -88,7 +88,7 @@ def load(directory: Path, fragments: Iterable[Fragment], *, group: dist.ProcessG
     Raises:
         CheckpointError: a tensor is missing or has another size.
     """
-    state = {fragment.name: _Interval.of(fragment) for fragment in fragments}
+    state = _by_name(fragments)
     try:
         dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
@@ -129,6 +129,14 @@ def _cause(error: BaseException) -> str:
     if failures:
         return _cause(next(iter(failures.values()))[0])
     return f"{type(error).__name__}: {error}".strip(": ")
+
+
+def _by_name(fragments: Iterable[Fragment]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for fragment in fragments:
+        assert fragment.name not in state, f"this rank holds two intervals of {fragment.name}"
+        state[fragment.name] = _Interval.of(fragment)
+    return state
 
 
 class _Interval(Tensor):
@@ -177,6 +185,8 @@ class _Reader(dcp.FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if name == "PosixPath" and module in ("pathlib", "pathlib._local"):
+            return PosixPath  # Python 3.13 writes another module than all others
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
@@ -196,5 +206,4 @@ _INDEX_NAMES = {
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "pathlib": ("PosixPath",),
 }

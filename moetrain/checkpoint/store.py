@@ -1,7 +1,9 @@
 """Checkpoints as directories: names, atomic commit, digests, newest, retention. No torch.
 
-    checkpoints/step_00002000.partial/   being written, or left by a crash; never read
-    checkpoints/step_00002000/           whole: the rename happens after every file is on disk and in the manifest
+checkpoints/step_00002000/                    whole: renamed to this after every file is on disk and in the manifest
+checkpoints/step_00002000.partial/            being written, or left by a crash; never read
+checkpoints/step_00002000.replaced.partial/   whole too, while the same step, saved again, takes its place
+checkpoints/step_00002000.pruned.partial/     being removed
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from moetrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_(\d{8,})(\.replaced\.partial)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,7 @@ def digest_file(path: Path) -> FileDigest:
     """Size and digest of a file, which is on disk when this returns."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest_310(file)
-    return FileDigest(name=path.name, size=path.stat().st_size, sha256=digest.hexdigest())
+    return FileDigest(name=path.name, size=path.stat().st_size, sha256=_sha256(path))
 
 
 def commit(root: Path, manifest: Manifest) -> Path:
@@ -89,7 +90,7 @@ def commit(root: Path, manifest: Manifest) -> Path:
     if final.exists():
         # the same step saved again, after a resume from an older one: out of the way by a rename, so that
         # no moment sees half a checkpoint under a whole one's name
-        os.rename(final, final.with_suffix(".replaced.partial"))
+        _rename_over(final, _with_suffix(final, ".replaced.partial"))
     os.rename(partial, final)
     _sync_directory(root)
     return final
@@ -103,53 +104,65 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text())
+        content = dict(json.loads(path.read_text()))
+        if content["format"] != FORMAT:
+            raise ValueError(f"it has format {content['format']}, but this version reads format {FORMAT}")
         files = [FileDigest(**each) for each in content.pop("files")]
-        manifest = Manifest(files=files, **content)
+        return Manifest(files=files, **content)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.format}, but this version reads format {FORMAT}")
-    return manifest
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def verify(directory: Path) -> Manifest:
     """Hold every file against its size and digest in the manifest.
 
     Raises:
-        CheckpointError: naming the first file that is missing, cut short or changed.
+        CheckpointError: naming the first file that is missing, cut short, changed or unreadable.
     """
     manifest = read_manifest(directory)
+    if directory.name.partition(".")[0] != step_directory(directory.parent, manifest.step).name:
+        raise CheckpointError(f"{directory / MANIFEST} is of step {manifest.step}, not of the directory's")
     for expected in manifest.files:
         path = directory / expected.name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected.size:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, but must have {expected.size:,}")
-        if digest_file(path).sha256 != expected.sha256:
-            raise CheckpointError(f"{path} has changed: its sha256 is not the one in {MANIFEST}")
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            if path.stat().st_size != expected.size:
+                raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, but must have {expected.size:,}")
+            if _sha256(path) != expected.sha256:
+                raise CheckpointError(f"{path} has changed: its sha256 is not the one in {MANIFEST}")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
     return manifest
 
 
 def whole_checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    if not root.is_dir():
-        return []
-    found = {
-        int(match[1]): path
-        for path in root.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    }
+    """Committed checkpoints, in the order of their steps; whether they are damaged shows only ``verify``."""
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        match = _NAME.fullmatch(path.name)
+        # sorted: a replaced one comes after the one in its place, and counts only where a crash left a gap
+        if match and path.is_dir():
+            found.setdefault(int(match[1]), path)
     return [found[step] for step in sorted(found)]
 
 
 def prune(root: Path, *, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what crashes left half-written."""
-    for old in whole_checkpoints(root)[:-keep]:
-        # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
-        os.rename(old, old.with_suffix(".pruned.partial"))
+    """Remove all but the newest ``keep`` checkpoints, and what crashes left half-written. Called after a save.
+
+    Steps beyond the one saved last stay and do not count: the run would have gone on from there, had they not been
+    damaged. Counted as newest, they would push out the sound ones.
+    """
+    whole = whole_checkpoints(root)
+    last_saved = max(range(len(whole)), key=lambda i: (_saved_at(whole[i]), i), default=0)
     for leftover in root.glob("step_*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover not in whole:
+            shutil.rmtree(leftover, ignore_errors=True)
+    for old in whole[: max(0, last_saved + 1 - keep)]:
+        # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
+        pruned = _with_suffix(old, ".pruned.partial")
+        _rename_over(old, pruned)
+        shutil.rmtree(pruned, ignore_errors=True)
 
 
 def total_size(files: Iterable[FileDigest]) -> int:
@@ -157,11 +170,27 @@ def total_size(files: Iterable[FileDigest]) -> int:
     return sum(file.size for file in files)
 
 
-def _digest_310(file: Any) -> Any:
+def _saved_at(directory: Path) -> int:
+    path = directory / MANIFEST
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _with_suffix(directory: Path, suffix: str) -> Path:
+    return directory.with_name(directory.name.partition(".")[0] + suffix)
+
+
+def _rename_over(source: Path, target: Path) -> None:
+    """Rename a directory, in the place of what a crash has left there."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(source, target)
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -49,7 +49,7 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
         expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
     return replace(
         run,
-        run_dir=run.run_dir or f"runs/{run.name}",
+        run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
         batch=replace(run.batch, sequence_length=length),
         launch=replace(run.launch, processes=processes),
         parallel=replace(run.parallel, expert_parallel=expert_parallel),
@@ -93,7 +93,7 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
         for name in names:
             value = flat.get(name)
             if isinstance(value, (int, float)) and not holds(value):
-                yield f"{name} is {value:,}, but must be {rule}"
+                yield f"{name} is {value:,}, but must be {rule}{'' if abs(value) < math.inf else ' and finite'}"
     for name in ("optim.beta1", "optim.beta2"):
         value = flat.get(name)
         if isinstance(value, float) and not 0 <= value < 1:
@@ -106,8 +106,9 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
         yield f"schedule.min_lr_ratio is {ratio}, but must lie in [0, 1]"
     if not flat.get("data.text"):
         yield "data.text is empty, but must name at least one file, directory, glob or builtin corpus"
-    if flat.get("name") == "":
-        yield "name is empty, but names the run's directory"
+    for name in ("name", "run_dir"):
+        if flat.get(name) == "":
+            yield f"{name} is empty, but tells the run's directory: give it a value, or null"
 
 
 def _is_positive(value: float) -> bool:

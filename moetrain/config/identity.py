@@ -16,7 +16,7 @@ _FREE = ("model.dtype", "data.name", "data.prepared")
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings whose values differ: dotted name -> (before, now). When one of the two is dense: ``model.moe``, whole."""
+    """Settings whose values differ: dotted name -> (before, now); ``model.moe`` as a whole where one run is dense."""
     old, new = to_dict(before), to_dict(now)
     found: dict[str, tuple[Any, Any]] = {}
     if (before.model.moe is None) != (now.model.moe is None):

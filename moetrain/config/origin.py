@@ -33,7 +33,7 @@ def write_origin(directory: Path, *, command: Sequence[str], data: dict[str, Any
     try:
         starts = list(json.loads(path.read_text())["starts"]) if path.is_file() else []
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError([f"{path} is not a history of starts ({error}): move it away, and a new one begins"]) from None
+        raise ConfigError([f"{path} is no history of starts ({error}): move it away, and a new one begins"]) from None
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -16,7 +16,6 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -201,8 +200,7 @@ class SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a full disk was told by the write before; closing tries once more
-            self._file.close()
+        self._file.close()
 
     def add(self, ids: Sequence[int], *, num_bytes: int) -> None:
         """One document: its ids, the end-of-text token included, and how many bytes of UTF-8 text it was."""

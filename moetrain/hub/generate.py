@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from moetrain.checkpoint.state import Fragment, load, newest_whole
 from moetrain.config.freeze import read_run
 from moetrain.config.schema import RunConfig
-from moetrain.data.tokenizer import end_of_text
+from moetrain.data.tokenizer import end_of_text, vocabulary_size
 from moetrain.errors import CheckpointError
 from moetrain.model.build import build_model
 from moetrain.model.gpt import GPT
@@ -64,22 +64,25 @@ def generate(
     end = end_of_text(tokenizer)
     ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(seed)
-    start, shown = len(ids), ""
+    # rows of the embedding past the vocabulary are padding
+    vocabulary = vocabulary_size(tokenizer)
+    # decoded together with the prompt: a decoder may treat the first token of a text as the first of a sentence
+    shown = len(tokenizer.decode(ids))
     for _ in range(max_tokens):
         logits = gpt(torch.tensor([ids[-context:]])).logit_BSV[0, -1].float()
-        # rows of the embedding past the vocabulary are padding
-        chosen = _draw(logits[: tokenizer.get_vocab_size()], temperature=temperature, top_k=top_k, generator=generator)
+        chosen = _draw(logits[:vocabulary], temperature=temperature, top_k=top_k, generator=generator)
         if chosen == end:
             break
         ids.append(chosen)
-        text = tokenizer.decode(ids[start:])
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        text = tokenizer.decode(ids).rstrip("\ufffd")
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
 
 
 def _draw(logits: torch.Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     kept, ids = logits.topk(min(top_k or len(logits), len(logits)))
-    return int(ids[torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator)])
+    # less the largest: divided by a small temperature, the scores themselves would overflow
+    return int(ids[torch.multinomial(((kept - kept[0]) / temperature).softmax(-1), 1, generator=generator)])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moetrain.config.checks import steps_in_run
@@ -40,8 +42,9 @@ def plan_text(run: RunConfig) -> str:
     steps = steps_in_run(run.schedule, tokens_per_step=per_step)
     flops = flops_per_token(run.model, sequence_length=length) * per_step * steps
     kind = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.top_k}"
+    size = f"{format_count(count.total)} parameters, {format_count(count.active)} active per token ({kind})"
     return (
-        f"{run.run_dir}: {format_count(count.total)} parameters, {format_count(count.active)} active per token ({kind})\n"
+        f"{run.run_dir}: {size}\n"
         f"  {steps:,} steps of {per_step:,} tokens: {format_count(steps * per_step)} tokens, {flops:.2e} FLOPs\n"
         f"  {run.launch.processes} processes, expert parallel {run.parallel.expert_parallel}, "
         f"ZeRO-{run.parallel.zero_stage}, {run.model.dtype}"
@@ -71,15 +74,20 @@ def config_text(run: RunConfig, *, composed: dict[str, Any], sources: dict[str, 
         composed: what was composed, before the rest was worked out.
         sources: dotted name -> where it was set; others are defaults.
     """
-    given, lines, open_sections = flatten(composed), [], []
+    given, lines = flatten(composed), []
+    open_sections: list[str] = []
     for name, value in flatten(to_dict(run)).items():
         *sections, last = name.split(".")
         for depth, section in enumerate(sections):
             if open_sections[: depth + 1] != sections[: depth + 1]:
                 lines.append(("  " * depth + f"{section}:", ""))
         open_sections = sections
-        written = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
-        source = sources.get(name, "default") if given.get(name) == value else "worked out"
+        # one line each: a text with line breaks goes into quotes, where they are written as \\n
+        style = '"' if isinstance(value, str) and not value.isprintable() else None
+        dumped = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True)
+        written = dumped.removesuffix("...\n").strip()
+        is_given = value is None or name not in given or given[name] is not None
+        source = sources.get(name, "default") if is_given else "worked out"
         lines.append(("  " * len(sections) + f"{last}: {written}", source))
     width = min(60, max(len(text) for text, _ in lines))
     return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)
@@ -108,38 +116,43 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, sample: 
     final = next(line for line in reversed(metrics) if line.get("final"))
     steps = [line for line in metrics if "tokens_per_second" in line]
     console = Console(highlight=False)
-    console.print(f"\n[bold]{run_dir}[/bold] is finished: {final['step']:,} steps, {format_count(final['tokens'])} tokens")
+    done = f"{final['step']:,} steps, {format_count(final['tokens'])} tokens"
+    console.print(f"\n[bold]{escape(str(run_dir))}[/bold] is finished: {done}")
     console.print(_comparison(run, final=final, baselines=baselines))
     rates = sorted(line["tokens_per_second"] for line in steps)
     console.print(f"speed        {rates[len(rates) // 2]:,.0f} tokens/s, {_flops(steps)}")
+    pictures = [run_dir / "loss.png"]
     if "held_out_load" in final:
         console.print(f"expert load  {_load_text(final)}")
-    console.print(f"pictures     {run_dir}/loss.png" + (f", {run_dir}/expert_load.png" if "held_out_load" in final else ""))
+        pictures.append(run_dir / "expert_load.png")
+    console.print(f"pictures     {', '.join(map(str, pictures))}", markup=False)
     console.print("\n[bold]a sample[/bold]")
     console.print(sample.strip(), markup=False)
+    console.print("\n[bold]next[/bold]")
     console.print(
-        "\n[bold]next[/bold]\n"
-        f'  moetrain sample run_dir={run_dir} prompt="The state of the Union is"\n'
-        f"  moetrain train name=wide model.moe.num_experts=16      another number of experts\n"
-        f"  moetrain config                                        every setting there is",
-        markup=True,
+        f'  moetrain sample run_dir={shlex.quote(str(run_dir))} prompt="The state of the Union is"\n'
+        "  moetrain train name=wide model.moe.num_experts=16      another number of experts\n"
+        "  moetrain config                                        every setting there is",
+        markup=False,
     )
 
 
 def _comparison(run: RunConfig, *, final: dict[str, Any], baselines: Baselines) -> Table:
-    kind = "dense model" if run.model.moe is None else f"this model ({run.model.moe.num_experts} experts, top-{run.model.moe.top_k})"
+    moe = run.model.moe
+    kind = "dense model" if moe is None else f"this model ({moe.num_experts} experts, top-{moe.top_k})"
     table = Table("held-out text", "bits per byte", "", box=None, pad_edge=False, header_style="dim")
     table.add_row(
         f"[bold]{kind}[/bold]",
         f"[bold]{final['bits_per_byte']:.4f}[/bold]",
         f"loss {final['held_out_loss']:.4f}, perplexity {final['perplexity']:,.1f} per token",
     )
-    if run.model.moe is not None:
+    if moe is not None:
         dense = recorded_dense(run)
-        if dense is None:
-            table.add_row("dense, same active size", "-", "not recorded for these settings: moetrain train model/moe=none …")
-        else:
-            table.add_row("dense, same active size", f"{dense:.4f}", "same tokens; recorded, see docs/results.md")
+        recorded = "same tokens; recorded, see docs/results.md"
+        unknown = "not recorded for these settings: moetrain train model/moe=none …"
+        table.add_row(
+            "dense, same active size", "-" if dense is None else f"{dense:.4f}", unknown if dense is None else recorded
+        )
     table.add_row("byte trigram", f"{baselines.trigram:.4f}", "interpolated, counted on the training text")
     table.add_row("xz -9e", f"{baselines.xz:.4f}", "of the held-out text alone")
     return table

@@ -56,7 +56,7 @@ def evaluate(
     was_training = gpt.training
     gpt.eval()
     for batch in batches:
-        tokens, targets = (torch.from_numpy(each).to(device) for each in (batch.tokens_MS, batch.targets_MS))
+        tokens, targets = (torch.from_numpy(each).to(device) for each in (batch.tokens, batch.targets))
         summed, loads = negative_log_likelihood(gpt, tokens, targets)
         total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
         if meter is not None:

@@ -295,11 +295,13 @@ def test_of_two_processes_at_once_the_first_to_finish_wins(text, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.documents.npy", "meta.json.tmp"])
-def test_a_full_disk_is_told_and_leaves_nothing(name, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_documents", [3, 2000])  # the write fails at the end, or on the way
+def test_a_full_disk_is_told_and_leaves_nothing(name, num_documents, tmp_path, monkeypatch):
     def full(path: Any, *arguments: Any, **options: Any) -> Any:
         return builtins.open("/dev/full" if Path(path).name == name else path, *arguments, **options)
 
     monkeypatch.setattr(corpus, "open", full, raising=False)
+    text = write_rows(tmp_path / "rows.jsonl", DOCUMENTS[:3] + [str(number) for number in range(num_documents)])
     with pytest.raises(DataError, match=r"p cannot be written \(the disk is full\); nothing was left there: make room"):
         run(tmp_path / "p", text)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

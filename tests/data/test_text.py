@@ -253,7 +253,7 @@ try:
 except DataError:
     sys.exit(7)
 """
-    broken = write(tmp_path / "broken.csv", 'text\n"a')
+    broken = write(tmp_path / "broken.csv", b"text\n\xff\n")
     done = run_apart(script.replace("BROKEN", str(broken)), tmp_path=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
     assert [*(tmp_path / "HOME").iterdir(), *(tmp_path / "TMPDIR").iterdir()] == []

@@ -16,7 +16,7 @@ import pytest
 
 import moetrain
 from moetrain.errors import DataError, LaunchError
-from moetrain.launch.local import Outcome, run_local, visible_gpus
+from moetrain.launch.local import Outcome, default_processes, run_local, visible_gpus
 
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
@@ -119,6 +119,8 @@ def test_every_rank_is_told_its_place_and_its_threads(
     run_dir: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     body = '(run_dir / f"env_{rank}.json").write_text(json.dumps(dict(os.environ)))'
     assert run_local(run_dir, processes=2, command=workers(body)) == Outcome(stopped=False)
     told = [json.loads((run_dir / f"env_{rank}.json").read_text()) for rank in range(2)]
@@ -127,6 +129,7 @@ def test_every_rank_is_told_its_place_and_its_threads(
         assert env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"] == "2"
         assert env["MASTER_ADDR"] == "127.0.0.1"
         assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+        assert env["DS_ACCELERATOR"] == "cpu"
         assert env["MOETRAIN_PARENT_PID"] == str(os.getpid())
     assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"]
     assert 1024 <= int(told[0]["MASTER_PORT"]) < 65536
@@ -213,11 +216,42 @@ def test_a_users_fault_in_a_worker_is_raised_as_such(run_dir: Path, workers: Wor
     assert str(caught.value) == "data.text: no such file"
 
 
-def test_an_error_file_of_an_earlier_start_is_not_told_again(run_dir: Path, workers: Workers) -> None:
+def test_the_others_of_a_failed_rank_are_asked_before_they_are_killed(run_dir: Path, workers: Workers) -> None:
+    body = """
+def note(*_):
+    (run_dir / "asked").touch()
+    sys.exit(1)
+if rank == 1:
+    wait_for(0)
+    sys.exit(4)
+signal.signal(signal.SIGTERM, note)
+ready()
+sleep_until_killed()
+"""
+    with pytest.raises(LaunchError, match="rank 1 ended with exit code 4"):
+        run_local(run_dir, processes=2, command=workers(body))
+    assert (run_dir / "asked").exists()
+
+
+def test_a_sigterm_from_elsewhere_is_a_fault(run_dir: Path, workers: Workers) -> None:
+    body = "if rank == 0:\n    os.kill(os.getpid(), signal.SIGTERM)\nsleep_until_killed()"
+    with pytest.raises(LaunchError, match="rank 0 ended with SIGTERM; its log"):
+        run_local(run_dir, processes=2, command=workers(body))
+
+
+def test_what_an_earlier_start_left_is_not_told_again(run_dir: Path, workers: Workers) -> None:
+    body = 'print("the first time", file=sys.stderr)\nfail(1, type="ValueError", message="the first time")'
     with pytest.raises(LaunchError, match="the first time"):
-        run_local(run_dir, processes=1, command=workers('fail(1, type="ValueError", message="the first time")'))
-    with pytest.raises(LaunchError, match="rank 0 ended with exit code 4"):
+        run_local(run_dir, processes=1, command=workers(body))
+    with pytest.raises(LaunchError, match="rank 0 ended with exit code 4") as caught:
         run_local(run_dir, processes=1, command=workers("sys.exit(4)"))
+    assert "the first time" not in str(caught.value)
+
+
+def test_the_callers_signal_handlers_come_back(run_dir: Path, workers: Workers) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run_local(run_dir, processes=1, command=workers(""))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_what_cannot_be_started_is_told(run_dir: Path) -> None:
@@ -339,3 +373,12 @@ def test_visible_gpus_are_counted_as_cuda_does(visible: str | None, expected: in
 
 def test_a_machine_without_gpus_has_none_whatever_is_asked_for() -> None:
     assert visible_gpus(["null", "nvidia-caps"], {"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
+
+
+@pytest.mark.parametrize(("files", "expected"), [(["nvidia0", "nvidia1", "nvidia2", "nvidiactl"], 3), (["null"], 2)])
+def test_a_machine_gets_a_process_per_gpu_or_two(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], expected: int
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "listdir", {"/dev": files}.__getitem__)
+    assert default_processes() == expected

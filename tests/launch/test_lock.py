@@ -36,6 +36,8 @@ def test_a_run_directory_is_refused_while_another_process_holds_it_and_free_afte
             pass
         holder.kill()
         holder.wait()
+        with (tmp_path / "run" / "lock").open("a") as file:
+            file.write("a long name of a host that is not ours")
         try:
             os.kill(its_child, 0)  # still there, so it did not inherit the lock
             with RunLock(tmp_path / "run"):

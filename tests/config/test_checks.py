@@ -1,0 +1,284 @@
+"""Rules across settings, and the settings worked out from others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moetrain.config.checks import CHOICES, NOT_NEGATIVE, POSITIVE, check, in_steps, resolve, steps_in_run
+from moetrain.config.freeze import flatten, freeze, setting_names, to_dict
+from moetrain.config.schema import RunConfig, ScheduleConfig
+from moetrain.errors import ConfigError
+
+DENSE = {"model.moe": None}
+
+
+def resolved(settings: dict[str, Any], *, default_processes: int = 2) -> RunConfig:
+    """Settings by dotted name, frozen and resolved."""
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        *sections, last = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return resolve(freeze(nested), default_processes=default_processes)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    run = resolved(settings)
+    check(run, flatten(to_dict(run)))
+
+
+def problems(settings: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_settings(settings)
+    return caught.value.problems
+
+
+def test_the_defaults_are_usable():
+    check_settings({})
+    check_settings(DENSE)
+
+
+# settings that break a rule; what the message says; settings the message names as ways out
+RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
+    (
+        {"model.d_model": 250, "model.num_heads": 4},
+        "model.d_model is 250, but must be a multiple of model.num_heads, 4: "
+        "use 248 or 252, another number of heads, or set model.d_head",
+        [
+            {"model.d_model": 248},
+            {"model.d_model": 252, "model.d_head": 64},
+            {"model.num_heads": 5},
+            {"model.d_head": 64},
+        ],
+    ),
+    (
+        {"model.d_head": 63},
+        "model.d_head is 63, but must be even for model.positions=rope: set model.d_head=64",
+        [{"model.d_head": 64}],
+    ),
+    (
+        {"model.d_model": 252, "model.num_heads": 4},
+        "model.d_head is 63, but must be even for model.positions=rope: set model.d_head=64",
+        [{"model.d_head": 64}],
+    ),
+    (
+        {"model.num_kv_heads": 3},
+        "model.num_kv_heads is 3, but must divide model.num_heads, 4: use one of [1, 2, 4]",
+        [{"model.num_kv_heads": n} for n in (1, 2, 4)],
+    ),
+    (
+        {"model.moe.top_k": 9},
+        "model.moe.top_k is 9, but must be at most model.moe.num_experts, 8: use fewer, or 9 experts",
+        [{"model.moe.top_k": 8}, {"model.moe.num_experts": 9}],
+    ),
+    (
+        {"model.moe.every": 5},
+        "model.moe.every is 5, but must be at most model.num_layers, 4: no block would be sparse; for a dense model use "
+        "model/moe=none",
+        [{"model.moe.every": 4}],
+    ),
+    (
+        {"parallel.expert_parallel": 4, "launch.processes": 6, "model.moe.num_experts": 9, "batch.global_batch": 48},
+        "parallel.expert_parallel is 4, but must divide the world size, 6: use one of [1, 3]",
+        [{"parallel.expert_parallel": n} for n in (1, 3)],
+    ),
+    (
+        {"parallel.expert_parallel": 2, "model.moe": None},
+        "parallel.expert_parallel is 2, but the model is dense: use 1",
+        [{"parallel.expert_parallel": 1}],
+    ),
+    (
+        {"parallel.expert_parallel": 4, "launch.processes": 4, "model.moe.num_experts": 6, "batch.global_batch": 32},
+        "model.moe.num_experts is 6, but must be a multiple of parallel.expert_parallel, 4: use 4 or 8, or an "
+        "expert_parallel of [1, 2]",
+        [{"model.moe.num_experts": 4}, {"model.moe.num_experts": 8}, {"parallel.expert_parallel": 2}],
+    ),
+    (
+        {
+            "parallel.expert_parallel": 4,
+            "launch.processes": 4,
+            "model.moe.num_experts": 6,
+            "model.moe.top_k": 5,
+            "batch.global_batch": 32,
+        },
+        "model.moe.num_experts is 6, but must be a multiple of parallel.expert_parallel, 4: use 8, or",
+        [{"model.moe.num_experts": 8}, {"parallel.expert_parallel": 1}],
+    ),
+    (
+        {"batch.global_batch": 20, "batch.micro_batch": 4},
+        "batch.global_batch is 20, but must be a multiple of batch.micro_batch x world size, 4 x 2 = 8: use 16 or 24, or "
+        "another micro_batch",
+        [{"batch.global_batch": 16}, {"batch.global_batch": 24}, {"batch.micro_batch": 5}],
+    ),
+    (
+        {"batch.global_batch": 3, "batch.micro_batch": 4},
+        "batch.global_batch is 3, but must be a multiple of batch.micro_batch x world size, 4 x 2 = 8: use 8, or",
+        [{"batch.global_batch": 8}],
+    ),
+    (
+        {"batch.sequence_length": 257},
+        "batch.sequence_length is 257, but must be at most model.context, 256: use less, or a longer context",
+        [{"batch.sequence_length": 256}, {"model.context": 257}],
+    ),
+    (
+        {"schedule.steps": 1000, "schedule.tokens": 5000},
+        "schedule.steps is 1,000 and schedule.tokens is 5,000, but only one may be set: set the other to null",
+        [{"schedule.steps": None}, {"schedule.tokens": None}],
+    ),
+    (
+        {"schedule.warmup_steps": 10, "schedule.warmup_tokens": 5000},
+        "schedule.warmup_steps is 10 and schedule.warmup_tokens is 5,000, but only one may be set",
+        [{"schedule.warmup_steps": None}, {"schedule.warmup_tokens": None}],
+    ),
+    (
+        {"schedule.kind": "wsd", "schedule.decay_steps": 10, "schedule.decay_tokens": 5000},
+        "schedule.decay_steps is 10 and schedule.decay_tokens is 5,000, but only one may be set",
+        [{"schedule.decay_steps": None}, {"schedule.decay_tokens": None}],
+    ),
+    (
+        {"schedule.steps": None},
+        "schedule.steps and schedule.tokens are both null, but one must say how long the run is: set one",
+        [{"schedule.steps": 5}, {"schedule.tokens": 5000}],
+    ),
+    (
+        {"schedule.decay_steps": 10},
+        "schedule.decay_steps is 10, but schedule.kind is cosine, and only wsd has a decay of its own: set it to null, or "
+        "schedule.kind=wsd",
+        [{"schedule.decay_steps": None}, {"schedule.kind": "wsd"}],
+    ),
+    (
+        {"schedule.decay_tokens": 5000},
+        "schedule.decay_tokens is 5,000, but schedule.kind is cosine",
+        [{"schedule.decay_tokens": None}, {"schedule.kind": "wsd"}],
+    ),
+    (
+        {"parallel.zero_stage": 0, "model.dtype": "bf16"},
+        "parallel.zero_stage is 0, but must be 1 or 2 with model.dtype=bf16",
+        [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 2}],
+    ),
+    ({"optim.beta1": 1.0}, "optim.beta1 is 1.0, but must lie in [0, 1)", [{"optim.beta1": 0.0}]),
+    ({"optim.beta2": -0.1}, "optim.beta2 is -0.1, but must lie in [0, 1)", [{"optim.beta2": 0.999}]),
+    ({"data.held_out": 0.0}, "data.held_out is 0.0, but must lie in (0, 0.5]", [{"data.held_out": 0.5}]),
+    ({"data.held_out": 0.6}, "data.held_out is 0.6, but must lie in (0, 0.5]", [{"data.held_out": 0.001}]),
+    (
+        {"schedule.min_lr_ratio": 1.1},
+        "schedule.min_lr_ratio is 1.1, but must lie in [0, 1]",
+        [{"schedule.min_lr_ratio": 0}],
+    ),
+    (
+        {"schedule.min_lr_ratio": -1},
+        "schedule.min_lr_ratio is -1.0, but must lie in [0, 1]",
+        [{"schedule.min_lr_ratio": 1}],
+    ),
+    ({"data.text": []}, "data.text is empty, but must name at least one", [{"data.text": ["a.txt"]}]),
+    ({"name": ""}, "name is empty, but tells the run's directory: give it a value, or null", [{"name": None}]),
+    ({"run_dir": ""}, "run_dir is empty, but tells the run's directory: give it a value, or null", [{"run_dir": None}]),
+]
+
+
+@pytest.mark.parametrize(("broken", "message", "ways_out"), RULES, ids=[rule[1][:50] for rule in RULES])
+def test_a_broken_rule_is_told_and_each_way_out_leads_out(broken, message, ways_out):
+    (problem,) = problems(broken)
+    assert problem.startswith(message)
+    for way_out in ways_out:
+        check_settings(broken | way_out)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_is_one_of_those_there_are(name):
+    wrong: Any = 7 if isinstance(CHOICES[name][0], int) else "colour"
+    (problem,) = problems({name: wrong})
+    assert problem == f"{name} is {wrong!r}, but must be one of {', '.join(map(str, CHOICES[name]))}"
+    for value in CHOICES[name]:
+        check_settings({name: value})
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -3])
+def test_a_size_is_above_0(name, value):
+    assert [problem for problem in problems({name: value}) if problem.startswith(f"{name} is {value}")
+            if problem.endswith("but must be above 0")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_what_may_be_0_is_not_negative(name):
+    assert problems({name: -1})[0].endswith("but must be at least 0")
+    free = {"schedule.warmup_steps": None} if name == "schedule.warmup_tokens" else {}
+    check_settings(free | {name: 0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("name", "rule"), [("optim.lr", "above 0"), ("optim.clip", "at least 0")])
+def test_a_number_is_finite(name, rule, value):
+    assert problems({name: value}) == [f"{name} is {value}, but must be {rule} and finite"]
+
+
+def test_a_seed_of_any_length_is_as_good_as_any():
+    check_settings({"seed": 10**400})
+
+
+@pytest.mark.parametrize("names", [POSITIVE, NOT_NEGATIVE, tuple(CHOICES)], ids=["positive", "not negative", "choices"])
+def test_the_rules_name_settings_that_are(names):
+    assert set(names) <= setting_names()
+    assert len(set(names)) == len(names)
+
+
+def test_every_number_has_a_rule():
+    """A new setting is not forgotten here."""
+    in_a_range = {"optim.beta1", "optim.beta2", "data.held_out", "schedule.min_lr_ratio", "parallel.zero_stage"}
+    numbers = {name for name, value in flatten(to_dict(RunConfig())).items() if type(value) in (int, float)}
+    assert numbers <= set(POSITIVE) | set(NOT_NEGATIVE) | in_a_range
+
+
+def test_all_broken_rules_are_told_at_once():
+    told = problems({"optim.lr": -1, "model.norm": "batch", "log.every_steps": 0, "data.text": []})
+    assert sorted(problem.split()[0] for problem in told) == ["data.text", "log.every_steps", "model.norm", "optim.lr"]
+    told = problems({"model.num_kv_heads": 3, "model.moe.top_k": 9, "batch.global_batch": 17, "schedule.steps": None})
+    assert [problem.split()[0] for problem in told] == [
+        "model.num_kv_heads", "model.moe.top_k", "batch.global_batch", "schedule.steps"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("processes", "experts", "expected"), [(2, 8, 2), (8, 8, 8), (8, 6, 2), (6, 8, 2), (16, 8, 8), (3, 8, 1), (1, 8, 1)]
+)
+def test_expert_parallel_is_the_largest_number_that_divides_processes_and_experts(processes, experts, expected):
+    largest = max(n for n in range(1, 17) if processes % n == 0 and experts % n == 0)
+    run = resolved({"launch.processes": processes, "model.moe.num_experts": experts})
+    assert run.parallel.expert_parallel == largest == expected
+
+
+def test_a_dense_model_has_no_expert_parallel():
+    assert resolved(DENSE | {"launch.processes": 8}).parallel.expert_parallel == 1
+
+
+def test_what_was_left_out_is_worked_out():
+    run = resolved({"name": "a", "model.context": 77}, default_processes=5)
+    assert (run.run_dir, run.batch.sequence_length, run.launch.processes) == ("runs/a", 77, 5)
+
+
+def test_what_was_given_stays():
+    given = {"run_dir": "here", "batch.sequence_length": 3, "launch.processes": 4, "parallel.expert_parallel": 1}
+    run = resolved({"name": "a", **given}, default_processes=5)
+    assert {name: flatten(to_dict(run))[name] for name in given} == given
+
+
+def test_to_resolve_twice_changes_nothing():
+    run = resolved({"name": "a"})
+    assert resolve(run, default_processes=7) == run
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (100, 1), (101, 2), (1000, 10), (10**30 + 1, 10**28 + 1)])
+def test_tokens_are_rounded_up_to_whole_steps(tokens, steps):
+    assert in_steps(None, tokens, tokens_per_step=100) == steps
+    assert steps_in_run(ScheduleConfig(steps=None, tokens=tokens), tokens_per_step=100) == steps
+
+
+def test_steps_are_taken_as_they_are():
+    assert in_steps(7, None, tokens_per_step=100) == 7
+    assert in_steps(None, None, tokens_per_step=100) is None
+    assert steps_in_run(ScheduleConfig(steps=7), tokens_per_step=100) == 7

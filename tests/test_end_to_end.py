@@ -1,0 +1,237 @@
+"""The main job with real processes: train, be killed, resume; other layouts; ranks that die; disks that fill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.data.text import expand, read_documents
+
+STEPS = 24
+SETTINGS = [
+    "model.vocab_size=512", "model.context=32", "model.num_layers=2", "model.d_model=32", "model.num_heads=2",
+    "model.d_ff=64", "model.moe.d_expert=32", "model.moe.num_experts=4", "batch.global_batch=8", "batch.micro_batch=4",
+    f"schedule.steps={STEPS}", "schedule.warmup_steps=4", "optim.lr=3e-3", "checkpoint.every_steps=5",
+    "evaluate.every_steps=8", "evaluate.max_sequences=16", "log.every_steps=4", "log.wandb=off", "launch.processes=2",
+]  # fmt: skip
+LIMIT_SECONDS = 150
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small corpus of real text."""
+    place = tmp_path_factory.mktemp("place")
+    documents = read_documents(expand(["builtin:sotu"]), text_column="text")
+    rows = [json.dumps({"text": next(documents)[:3000]}) for _ in range(30)]
+    (place / "corpus.jsonl").write_text("\n".join(rows))
+    return place
+
+
+def command(name: str, *overrides: str, verb: str = "train") -> list[str]:
+    return [sys.executable, "-m", "moetrain.cli", verb, "data.text=corpus.jsonl", "data.held_out=0.2",
+            f"name={name}", *SETTINGS, *overrides]  # fmt: skip
+
+
+def environment(place: Path) -> dict[str, str]:
+    return os.environ | {
+        "TORCH_EXTENSIONS_DIR": str(place / "torch_extensions"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+
+
+def run(place: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(name, *overrides), cwd=place, env=environment(place), capture_output=True, text=True,
+                          timeout=LIMIT_SECONDS)  # fmt: skip
+
+
+def start(place: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(name, *overrides), cwd=place, env=environment(place), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def metrics(place: Path, name: str) -> list[dict[str, Any]]:
+    path = place / "runs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def losses(place: Path, name: str) -> list[float]:
+    return [loss for line in metrics(place, name) for loss in line.get("step_losses", [])]
+
+
+def final(place: Path, name: str) -> dict[str, Any]:
+    return next(line for line in reversed(metrics(place, name)) if line.get("final"))
+
+
+def wait_for_step(place: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not any(line["step"] >= step for line in metrics(place, name)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
+
+
+def workers(place: Path, name: str) -> dict[int, int]:
+    """Rank -> process id of the workers of a run, read from /proc."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            where = Path(os.readlink(entry / "cwd"))
+        except OSError:
+            continue
+        if b"moetrain.train.worker" in words and where == place and f"runs/{name}".encode() in words:
+            rank = next(each for each in variables if each.startswith(b"RANK="))
+            found[int(rank.split(b"=")[1])] = int(entry.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Path) -> subprocess.CompletedProcess[str]:
+    """A run that nothing disturbed."""
+    done = run(place, "unbroken")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_run_learns_and_says_what_it_reached(place, unbroken):
+    assert losses(place, "unbroken")[-1] < losses(place, "unbroken")[0] - 0.5
+    assert len(losses(place, "unbroken")) == STEPS
+    for text in ("is finished", "bits per byte", "byte trigram", "xz -9e", "fullest expert", "a sample", "next",
+                 "moetrain sample run_dir=runs/unbroken"):  # fmt: skip
+        assert text in unbroken.stdout
+    assert "Traceback" not in unbroken.stdout + unbroken.stderr
+    for file in ("run.yaml", "origin.json", "loss.png", "expert_load.png", "checkpoints/step_00000024/manifest.json"):
+        assert (place / "runs/unbroken" / file).is_file()
+
+
+def test_a_finished_run_is_not_trained_again(place, unbroken):
+    before = metrics(place, "unbroken")
+    again = run(place, "unbroken")
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert metrics(place, "unbroken") == before
+
+
+def test_a_run_killed_half_way_ends_with_the_same_losses_bit_for_bit(place, unbroken):
+    for kill_at in (9, 17):
+        process = start(place, "killed")
+        wait_for_step(place, "killed", kill_at, process)
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 10
+        while workers(place, "killed"):
+            assert time.monotonic() < deadline, "workers outlive their launcher"
+            time.sleep(0.05)
+    done = run(place, "killed")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert losses(place, "killed") == losses(place, "unbroken")
+    assert final(place, "killed")["held_out_loss"] == final(place, "unbroken")["held_out_loss"]
+
+
+def test_one_rank_gives_the_losses_of_two(place):
+    longer = ["schedule.steps=50", "checkpoint.every_steps=null", "evaluate.every_steps=null"]
+    for name, own in (("two", []), ("one", ["launch.processes=1", "batch.micro_batch=8"])):
+        done = run(place, name, *longer, *own)
+        assert done.returncode == 0, done.stderr
+    assert len(losses(place, "one")) == 50
+    assert losses(place, "one") == pytest.approx(losses(place, "two"), rel=1e-5)
+    assert final(place, "one")["held_out_loss"] == pytest.approx(final(place, "two")["held_out_loss"], rel=1e-5)
+
+
+def test_a_rank_that_dies_takes_the_run_down_within_seconds_and_is_named(place):
+    process = start(place, "dies", "schedule.steps=100000", "checkpoint.every_steps=null")
+    wait_for_step(place, "dies", 4, process)
+    os.kill(workers(place, "dies")[1], signal.SIGKILL)
+    since = time.monotonic()
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert time.monotonic() - since < 15
+    assert process.returncode == 2
+    assert "rank 1" in errors
+    assert "SIGKILL" in errors
+    assert "Traceback" not in errors
+    assert not workers(place, "dies")
+
+
+def test_a_request_to_stop_saves_and_the_same_command_goes_on(place, unbroken):
+    process = start(place, "stopped")
+    wait_for_step(place, "stopped", 4, process)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 75, errors
+    assert "goes on from here" in output
+    done = run(place, "stopped")
+    assert done.returncode == 0, done.stderr
+    assert losses(place, "stopped") == losses(place, "unbroken")
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(place, unbroken):
+    process = start(place, "damaged")
+    wait_for_step(place, "damaged", 17, process)
+    process.kill()
+    process.communicate()
+    newest = sorted((place / "runs/damaged/checkpoints").glob("step_????????"))[-1]
+    shard = sorted(newest.glob("*.distcp"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = run(place, "damaged")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest.name} is damaged" in done.stdout
+    assert losses(place, "damaged") == losses(place, "unbroken")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(place):
+    disk = place / "runs/full/checkpoints"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        done = run(place, "full", "checkpoint.keep=100", "model.d_ff=256", "model.moe.d_expert=128")
+        assert done.returncode == 2
+        assert "could not be written" in done.stderr
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_token_files_of_another_vocabulary_are_refused(place, unbroken):
+    prepared = next((place / "prepared").glob("sotu-*"))
+    done = run(place, "mismatch", "model.vocab_size=300", f"data.prepared={prepared}")
+    assert done.returncode == 2
+    assert "model.vocab_size" in done.stderr
+    assert "300" in done.stderr
+
+
+def test_an_installed_wheel_works_in_any_directory(tmp_path):
+    root = Path(__file__).parent.parent
+    pytest.importorskip("build")
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)],
+                   check=True, capture_output=True, timeout=LIMIT_SECONDS)  # fmt: skip
+    wheel = next(tmp_path.glob("*.whl"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"),
+                    str(wheel)], check=True, capture_output=True, timeout=LIMIT_SECONDS)  # fmt: skip
+    script = (
+        "import moetrain, sys; from moetrain.cli import main; print(moetrain.__file__); sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "config", "model=mixtral_8x7b"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
+        timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    assert "d_model: 4096" in done.stdout
+    assert (tmp_path / "site/moetrain/data/corpora/sotu.jsonl.xz").is_file()
