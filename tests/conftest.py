@@ -1,4 +1,4 @@
-"""What every test may use: groups of real processes, and the skip of tests that need a GPU."""
+"""What every test may use: groups of real processes, golden files, and the skip of tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -21,6 +21,27 @@ TIME_LIMIT_SECONDS = 120.0
 COLLECTIVE_SECONDS = 60.0
 
 Ranks = Callable[..., list[Any]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/*.txt anew; then read what changed in them"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(name, text)`` holds a text against tests/golden/NAME.txt, or writes the file with --update-golden."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        expected = path.read_text(encoding="utf-8") if path.is_file() else ""
+        assert text == expected, f"{path} says otherwise; if the change is meant: pytest --update-golden"
+
+    return compare
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

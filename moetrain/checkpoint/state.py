@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
@@ -111,7 +112,8 @@ def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
     try:
         result = action()
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        failure = _cause(error)
+        # now, before the half-written files are cleared away
+        failure = f"{_cause(error)}; {_free_space(root)}"
     failures: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
     for rank, message in enumerate(failures):
@@ -121,6 +123,14 @@ def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
                 "untouched: free space or choose another run_dir, then run the same command again"
             )
     return result
+
+
+def _free_space(root: Path) -> str:
+    # the writers below report a full disk in words of their own, or as a short write: say what the disk says
+    try:
+        return f"{shutil.disk_usage(root).free / 2**20:,.1f} MiB are free on that disk"
+    except OSError as error:
+        return str(error)
 
 
 def _cause(error: BaseException) -> str:

@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Encoding, Tokenizer
+import numpy as np
+from tokenizers import Tokenizer
 
 from moetrain.data.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.data.corpus import (
@@ -28,7 +29,14 @@ from moetrain.data.corpus import (
     write_meta,
 )
 from moetrain.data.text import read_documents
-from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
+from moetrain.data.tokenizer import (
+    encode,
+    end_of_text,
+    fingerprint,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from moetrain.errors import DataError
 
 Progress = Callable[[str, int, int | None], None]
@@ -36,7 +44,6 @@ Progress = Callable[[str, int, int | None], None]
 known), in bytes: of the files for hash, of UTF-8 text for the others."""
 
 BASELINE_LIMIT = 64 << 20  # bytes of each split that the baselines look at
-_BATCH_CHARACTERS = 4 << 20  # of text encoded at once
 
 
 @dataclass(frozen=True)
@@ -164,13 +171,12 @@ def _encode(
     with ExitStack() as stack:
         writers = {split: stack.enter_context(SplitWriter(partial, split=split, vocab_size=size)) for split in SPLITS}
         texts = {split: bytearray() for split in writers}
-        for batch in _batches(read_documents(files, text_column=text_column)):
-            for document, encoding in zip(batch, _encode_batch(tokenizer, batch), strict=True):
-                split = "train" if _place(document) >= division.cut else "held_out"
-                data = document.encode()
-                writers[split].add([*encoding.ids, end], num_bytes=len(data))
-                texts[split] += data[: BASELINE_LIMIT - len(texts[split])]
-                num_bytes += len(data)
+        for document in encode(tokenizer, read_documents(files, text_column=text_column)):
+            split = "train" if _place(document.text) >= division.cut else "held_out"
+            data = document.text.encode()
+            writers[split].add(np.append(document.ids, end), num_bytes=len(data))
+            texts[split] += data[: BASELINE_LIMIT - len(texts[split])]
+            num_bytes += len(data)
             progress("encode", num_bytes, division.num_bytes)
         if num_bytes != division.num_bytes:
             raise DataError("the files of data.text changed while they were read: start again when they are still")
@@ -180,27 +186,6 @@ def _encode(
             train_text=bytes(texts["train"]),
             held_out_text=bytes(texts["held_out"]),
         )
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_batch(tokenizer: Tokenizer, batch: list[str]) -> list[Encoding]:
-    # Without special tokens: only the end-of-text token belongs between documents, whatever the tokenizer would add.
-    # The fast one leaves out the offsets, which nobody reads.
-    encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
-    encodings: list[Encoding] = encode(batch, add_special_tokens=False)
-    return encodings
 
 
 def _baselines(encoded: _Encoded, *, progress: Progress) -> Baselines:

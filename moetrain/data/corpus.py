@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -202,13 +201,14 @@ class SplitWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, ids: Sequence[int], *, num_bytes: int) -> None:
+    def add(self, ids: npt.ArrayLike, *, num_bytes: int) -> None:
         """One document: its ids, the end-of-text token included, and how many bytes of UTF-8 text it was."""
-        data = np.asarray(ids, dtype=self._dtype).tobytes()
+        tokens = np.asarray(ids, dtype=self._dtype)
+        data = tokens.tobytes()
         self._file.write(data)
         self._digest.update(data)
         self._starts.append(self._tokens)
-        self._tokens += len(ids)
+        self._tokens += len(tokens)
         self._bytes += num_bytes
 
     def finish(self) -> Split:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moetrain.errors import DataError
@@ -14,8 +18,20 @@ from moetrain.errors import DataError
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 """Names of the token that ends a document, the first one present counts: GPT-2, Llama 2, Llama 3, Gemma."""
 
+# In characters. While it works the library holds some 170 bytes for each character of what it is given at once.
+_PIECE = 1 << 16
+_GROUP = 1 << 21
 
-def train_tokenizer(documents: Iterator[str], *, vocab_size: int) -> Tokenizer:
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document and its token ids."""
+
+    text: str
+    ids: npt.NDArray[np.uint32]  # [tokens], without an end-of-text token
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE; the same documents give the same tokenizer.
 
     Id 0 is ``<|endoftext|>``, ids 1 to 256 are the bytes, so that every text comes back as it was, and the rest are
@@ -44,8 +60,62 @@ def train_tokenizer(documents: Iterator[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer=trainer)
+    tokenizer.train_from_iterator((piece for document in documents for piece in _pieces(document)), trainer=trainer)
     return _as_plain_text(tokenizer)
+
+
+def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[EncodedDocument]:
+    """Token ids of some documents, in order; many at a time, in bounded memory.
+
+    Special tokens are not added. A document of more than 65,536 characters is encoded in pieces that are cut before a
+    space where a word ended; tokenizers that split at spaces, as GPT-2's and its kin do, give the same ids as for the
+    whole.
+    """
+    # The fast one leaves out the offsets, which nobody reads.
+    encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+    ids: list[npt.NDArray[Any]] = []
+    for group in _groups(documents):
+        encodings = encode_batch([piece.text for piece in group], add_special_tokens=False)
+        for piece, encoding in zip(group, encodings, strict=True):
+            ids.append(np.asarray(encoding.ids, dtype=np.uint32))
+            if piece.ends is not None:
+                yield EncodedDocument(text=piece.ends, ids=np.concatenate(ids))
+                ids.clear()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    ends: str | None  # the document, if this is its last piece
+
+
+def _groups(documents: Iterable[str]) -> Iterator[list[_Piece]]:
+    group: list[_Piece] = []
+    size = 0
+    for document in documents:
+        pieces = _pieces(document)
+        for number, text in enumerate(pieces, start=1):
+            group.append(_Piece(text, ends=document if number == len(pieces) else None))
+            size += len(text)
+            if size >= _GROUP:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(document: str) -> list[str]:
+    pieces: list[str] = []
+    start = 0
+    while len(document) - start > _PIECE:
+        end = document.rfind(" ", start + 1, start + _PIECE)
+        while end > start and document[end - 1].isspace():
+            end = document.rfind(" ", start + 1, end)
+        if end <= start:  # no such place: one token more or less
+            end = start + _PIECE
+        pieces.append(document[start:end])
+        start = end
+    return [*pieces, document[start:]]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -16,9 +16,7 @@ from pathlib import Path
 
 from moetrain import errors
 from moetrain.errors import ConfigError, LaunchError, MoetrainError
-
-STOPPED = 75
-"""Exit code of a worker that stopped on request, its state saved (EX_TEMPFAIL of sysexits.h: try again later)."""
+from moetrain.parallel.lifeline import STOPPED, error_path
 
 LAST_LINES = 15
 """Lines of a log shown when a rank left no error file."""
@@ -61,11 +59,6 @@ class _Report:
     message: str
     user: bool
     time: float
-
-
-def error_path(log_dir: Path, *, rank: int) -> Path:
-    """Where a rank leaves its error."""
-    return log_dir / f"rank_{rank:05d}.error.json"
 
 
 def remove_old_errors(log_dir: Path) -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 
 from moetrain.errors import LaunchError
-from moetrain.launch.fault import STOPPED, Ended, find_fault, remove_old_errors
+from moetrain.launch.fault import Ended, find_fault, remove_old_errors
+from moetrain.parallel.lifeline import PARENT_PID, STOPPED
 
 _POLL_SECONDS = 0.1
 
@@ -190,7 +191,7 @@ def _environment(processes: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
-        "MOETRAIN_PARENT_PID": str(os.getpid()),
+        PARENT_PID: str(os.getpid()),
     }
 
 

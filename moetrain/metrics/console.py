@@ -51,8 +51,9 @@ class WorkBar:
     def advance_to(self, done: int, *, note: str | None = None) -> None:
         """Say how much is done now, and what to show beside the bar."""
         self._done = done
-        fields = {} if note is None else {"note": note}
-        self._bar.update(self._task, completed=done, total=self._total, **fields)
+        if note is not None:
+            self._bar.update(self._task, note=note)
+        self._bar.update(self._task, completed=done, total=self._total)
         share = done / self._total if self._total else 0.0
         if self._shown and not self._console.is_terminal and share >= self._next_plain:
             self._next_plain = min(1.0, share + PLAIN_EVERY) if share < 1 else 2.0

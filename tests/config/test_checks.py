@@ -77,8 +77,8 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ),
     (
         {"model.moe.every": 5},
-        "model.moe.every is 5, but must be at most model.num_layers, 4: no block would be sparse; for a dense model use "
-        "model/moe=none",
+        "model.moe.every is 5, but must be at most model.num_layers, 4: no block would be sparse; for a dense "
+        "model use model/moe=none",
         [{"model.moe.every": 4}],
     ),
     (
@@ -110,8 +110,8 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ),
     (
         {"batch.global_batch": 20, "batch.micro_batch": 4},
-        "batch.global_batch is 20, but must be a multiple of batch.micro_batch x world size, 4 x 2 = 8: use 16 or 24, or "
-        "another micro_batch",
+        "batch.global_batch is 20, but must be a multiple of batch.micro_batch x world size, 4 x 2 = 8: use 16 or "
+        "24, or another micro_batch",
         [{"batch.global_batch": 16}, {"batch.global_batch": 24}, {"batch.micro_batch": 5}],
     ),
     (
@@ -146,8 +146,8 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ),
     (
         {"schedule.decay_steps": 10},
-        "schedule.decay_steps is 10, but schedule.kind is cosine, and only wsd has a decay of its own: set it to null, or "
-        "schedule.kind=wsd",
+        "schedule.decay_steps is 10, but schedule.kind is cosine, and only wsd has a decay of its own: set it to null, "
+        "or schedule.kind=wsd",
         [{"schedule.decay_steps": None}, {"schedule.kind": "wsd"}],
     ),
     (

@@ -138,13 +138,6 @@ def test_preparing_twice_gives_the_same_bytes(text, tmp_path):
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
 
 
-def test_encoding_in_small_batches_gives_the_same_bytes(text, tmp_path, monkeypatch):
-    run(tmp_path / "one", text)
-    monkeypatch.setattr(build, "_BATCH_CHARACTERS", 500)
-    run(tmp_path / "two", text)
-    assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
-
-
 def test_a_document_stays_on_its_side_whatever_stands_around_it(text, tmp_path):
     shuffled = write_rows(tmp_path / "other.jsonl", ["a new one", *reversed(DOCUMENTS), "and another", DOCUMENTS[0]])
     first, second = run(tmp_path / "one", text), run(tmp_path / "two", shuffled)

@@ -84,6 +84,20 @@ def test_a_fault_while_reading_the_documents_comes_through():
         train_tokenizer(documents(), vocab_size=300)
 
 
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="at .\n\u3000", max_size=60)))
+def test_documents_encoded_together_in_pieces_are_as_if_each_were_whole(documents):
+    with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
+        encoded = list(encode(TOKENIZER, documents))
+    assert [one.text for one in encoded] == documents
+    for one in encoded:
+        assert TOKENIZER.decode(one.ids.tolist()) == one.text
+        # cut where a word ends and a space follows: of eight characters in a row one must be such a place
+        words = re.sub(r"(?<=\S)\s", " ", one.text)
+        if all(re.search(r"\S ", words[start : start + 8][:-1]) for start in range(len(words))):
+            assert one.ids.tolist() == TOKENIZER.encode(one.text).ids
+
+
 def test_a_saved_tokenizer_loads_as_the_same_however_its_file_is_laid_out(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(TOKENIZER.to_str()), indent=4, sort_keys=True), encoding="utf-8")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import ConfigError, DataError, LaunchError
-from moetrain.launch.fault import STOPPED, Ended, find_fault, remove_old_errors
+from moetrain.launch.fault import Ended, find_fault, remove_old_errors
+from moetrain.parallel.lifeline import STOPPED
 
 
 def ended(
