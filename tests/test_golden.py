@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,7 @@ def fold(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def name_of(indices: Sequence[int]) -> str:
-    steps = {after - before for before, after in zip(indices, indices[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(indices)}
     if not steps:
         return str(indices[0])
     assert len(steps) == 1, indices

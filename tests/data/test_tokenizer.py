@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from moetrain.data import tokenizer as tokenizer_module
 from moetrain.data.tokenizer import (
     END_OF_TEXT,
+    encode,
     end_of_text,
     fingerprint,
     load_tokenizer,
@@ -85,17 +88,35 @@ def test_a_fault_while_reading_the_documents_comes_through():
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(alphabet="at .\n\u3000", max_size=60)))
-def test_documents_encoded_together_in_pieces_are_as_if_each_were_whole(documents):
+@given(st.lists(st.text(max_size=60)))
+def test_documents_encoded_in_pieces_and_groups_come_back_in_order(documents):
     with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
         encoded = list(encode(TOKENIZER, documents))
     assert [one.text for one in encoded] == documents
-    for one in encoded:
-        assert TOKENIZER.decode(one.ids.tolist()) == one.text
-        # cut where a word ends and a space follows: of eight characters in a row one must be such a place
-        words = re.sub(r"(?<=\S)\s", " ", one.text)
-        if all(re.search(r"\S ", words[start : start + 8][:-1]) for start in range(len(words))):
-            assert one.ids.tolist() == TOKENIZER.encode(one.text).ids
+    assert [TOKENIZER.decode(one.ids.tolist()) for one in encoded] == documents
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["the", "cat", "a", "sat.", "é!"]), st.sampled_from([" ", "  ", " \n"]))))
+def test_pieces_that_are_cut_at_spaces_give_the_ids_of_the_whole(words):
+    document = "".join(word + space for word, space in words)
+    with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
+        (encoded,) = encode(TOKENIZER, [document])
+    assert encoded.ids.tolist() == TOKENIZER.encode(document).ids
+
+
+def test_a_long_document_goes_to_the_library_in_pieces():
+    given = []
+
+    class Recorder:
+        def encode_batch_fast(self, texts, *, add_special_tokens):
+            given.append(texts)
+            return TOKENIZER.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    document = "the cat " * 100_000 + "x" * 200_000
+    (encoded,) = encode(Recorder(), [document])
+    assert TOKENIZER.decode(encoded.ids.tolist()) == document
+    assert all(len(text) <= 65_536 for texts in given for text in texts)
 
 
 def test_a_saved_tokenizer_loads_as_the_same_however_its_file_is_laid_out(tmp_path):
