@@ -140,7 +140,7 @@ def train(words: Sequence[str]) -> int:
     run_dir = Path(str(run.run_dir))
     if "--dry-run" in options.flags:
         _compare_with_earlier(run, run_dir)
-        print(screen.plan_text(run))
+        print(f"{screen.plan_text(run)}\na dry run: nothing was started")
         return 0
     from moetrain.launch.lock import RunLock
 

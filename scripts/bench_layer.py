@@ -24,6 +24,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.router import TopKRouter
 
 D_MODEL, D_ACTIVE = 256, 1024
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SHAPES = ((8, 2), (64, 2), (64, 8))
 
 
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=7)
     wanted = parser.parse_args()
-    print(f"{wanted.tokens} tokens, d_model {D_MODEL}, {D_ACTIVE} hidden units active, {torch.get_num_threads()} threads, "
-          f"load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(f"{wanted.tokens} tokens, d_model {D_MODEL}, {D_ACTIVE} hidden units active, forward and backward")
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{'experts':>8} {'top_k':>5} {'dtype':>6} | {'dense ms':>16} {'floor / dense':>14} {'layer / dense':>14}")
     for dtype in (torch.float32, torch.bfloat16):
         for num_experts, top_k in SHAPES:
@@ -87,7 +88,7 @@ def main() -> None:
             dense_ms = statistics.median(found["dense"]) * 1e3
             quarters = statistics.quantiles(found["dense"], n=4)
             ratio = {name: statistics.median(times) * 1e3 / dense_ms for name, times in found.items()}
-            print(f"{num_experts:>8} {top_k:>5} {str(dtype).removeprefix('torch.').replace('float', 'fp'):>6} | "
+            print(f"{num_experts:>8} {top_k:>5} {NAMES[dtype]:>6} | "
                   f"{dense_ms:>8.1f} [{(quarters[2] - quarters[0]) * 1e3:>4.1f}] {ratio['floor']:>14.2f} "
                   f"{ratio['layer']:>14.2f}")  # fmt: skip
 

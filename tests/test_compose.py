@@ -282,7 +282,7 @@ class TestMessages:
         ]
         chosen = "model/moe=top2_8e"
         overrides = [dense, chosen] if dense.startswith("model=") else [chosen]
-        assert usable(*overrides, "model.moe.top_k=1").model.moe.top_k == 1
+        assert usable(*overrides, "model.moe.top_k=3").model.moe.top_k == 3
         usable(dense)
 
     def test_all_unknown_settings_are_told_at_once(self):
@@ -321,7 +321,7 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(["model.moe=null", "+model.moe.top_k=1"])
 @example(["+model/moe=none", "model/moe=none"])
 @example(["experiment=[expert_parallel_4]", "experiment=expert_parallel_4"])

@@ -25,7 +25,7 @@ MODELS = sorted(path.stem for path in (config_directory() / "model").glob("*.yam
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
 # a machine's own number of processes must not show
 ON_TWO = ["launch.processes=2"]
-ON_EIGHT = ["launch.processes=8", "batch.micro_batch=1", "batch.global_batch=8"]
+ON_EIGHT = ["launch.processes=8"]
 PRESETS = {
     **{name: [f"model={name}", *(ON_TWO if name in ("tiny", "gpt2_124m") else ON_EIGHT)] for name in MODELS},
     **{name: [f"experiment={name}"] for name in EXPERIMENTS},
@@ -55,8 +55,8 @@ def test_a_preset_is_what_it_was(preset, golden):
 def engine_config(run: RunConfig) -> dict[str, Any]:
     processes = run.launch.processes or 0
     return deepspeed_config(
-        micro_batch=run.batch.micro_batch,
-        accumulation=run.batch.global_batch // run.batch.micro_batch // processes,
+        micro_batch=run.batch.micro_batch or 0,
+        accumulation=run.batch.global_batch // (run.batch.micro_batch or 1) // processes,
         world_size=processes,
         zero_stage=run.parallel.zero_stage,
         dtype=run.model.dtype,

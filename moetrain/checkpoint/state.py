@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
@@ -91,9 +92,12 @@ def load(directory: Path, fragments: Iterable[Fragment], *, group: dist.ProcessG
     """
     state = _by_name(fragments)
     try:
-        dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for without a group
+            dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        raise CheckpointError(f"{directory} does not fit this model: {_cause(error)}") from error
+        rank = 0 if group is None else dist.get_rank()
+        raise CheckpointError(f"{directory} does not fit this model: {_cause(error, rank=rank)}") from error
 
 
 def newest_whole(root: Path, *, warn: Any) -> tuple[Path, store.Manifest] | None:
@@ -113,14 +117,14 @@ def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
         result = action()
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         # now, before the half-written files are cleared away
-        failure = f"{_cause(error)}; {_free_space(root)}"
+        failure = f"{_cause(error, rank=dist.get_rank())}; {_free_space(root)}"
     failures: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
-    for rank, message in enumerate(failures):
+    for message in failures:
         if message is not None:
             raise CheckpointError(
-                f"the checkpoint could not be written to {root} (rank {rank}: {message}); earlier checkpoints are "
-                "untouched: free space or choose another run_dir, then run the same command again"
+                f"the checkpoint could not be written to {root} ({message}); earlier checkpoints are untouched: free "
+                "space or choose another run_dir, then run the same command again"
             )
     return result
 
@@ -133,12 +137,13 @@ def _free_space(root: Path) -> str:
         return str(error)
 
 
-def _cause(error: BaseException) -> str:
-    # torch.distributed.checkpoint wraps the failures of the ranks: the first one is the cause
+def _cause(error: BaseException, *, rank: int) -> str:
+    # torch.distributed.checkpoint gives every rank the failures of all: the first one is the cause
     failures = getattr(error, "failures", None)
     if failures:
-        return _cause(next(iter(failures.values()))[0])
-    return f"{type(error).__name__}: {error}".strip(": ")
+        failed, (inner, _) = next(iter(failures.items()))
+        return _cause(inner, rank=failed)
+    return f"rank {rank}: {type(error).__name__}: {error}".strip(": ")
 
 
 def _by_name(fragments: Iterable[Fragment]) -> dict[str, Any]:

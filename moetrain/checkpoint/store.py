@@ -161,7 +161,7 @@ def prune(root: Path, *, keep: int) -> None:
     for old in whole[: max(0, last_saved + 1 - keep)]:
         # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
         pruned = _with_suffix(old, ".pruned.partial")
-        shutil.rmtree(old)
+        _rename_over(old, pruned)
         shutil.rmtree(pruned, ignore_errors=True)
 
 

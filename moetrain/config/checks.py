@@ -44,13 +44,16 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
     """
     processes = default_processes if run.launch.processes is None else run.launch.processes
     length = run.model.context if run.batch.sequence_length is None else run.batch.sequence_length
+    micro_batch = run.batch.micro_batch
+    if micro_batch is None:
+        micro_batch = max(1, run.batch.global_batch // max(1, processes))
     expert_parallel = run.parallel.expert_parallel
     if expert_parallel is None:
         expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
     return replace(
         run,
         run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
-        batch=replace(run.batch, sequence_length=length),
+        batch=replace(run.batch, micro_batch=micro_batch, sequence_length=length),
         launch=replace(run.launch, processes=processes),
         parallel=replace(run.parallel, expert_parallel=expert_parallel),
     )
@@ -134,6 +137,14 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
     if model.moe is not None:
         yield from _moe(model.moe, num_layers=model.num_layers)
+        if model.dtype == "bf16":
+            # torch's grouped matmul on CUDA wants rows of a multiple of 16 bytes
+            for name, width in (("d_model", model.d_model), ("moe.d_expert", model.moe.d_expert or model.d_ff)):
+                if width % 8:
+                    yield (
+                        f"model.{name} is {width}, but must be a multiple of 8 for an MoE model in bf16: "
+                        f"use {width + 8 - width % 8}"
+                    )
 
 
 def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
@@ -141,6 +152,11 @@ def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
         yield (
             f"model.moe.top_k is {moe.top_k}, but must be at most model.moe.num_experts, {moe.num_experts}: use fewer, "
             f"or {moe.top_k} experts"
+        )
+    if moe.top_k == 1 and moe.renormalize and moe.num_experts > 1:
+        yield (
+            "model.moe.renormalize is true, but must be false for model.moe.top_k=1: the one weight would always be 1, "
+            "and the router would learn nothing from the loss"
         )
     if moe.every > num_layers:
         yield (
@@ -172,11 +188,12 @@ def _layout(run: RunConfig) -> Iterator[str]:
 
 def _batch(run: RunConfig) -> Iterator[str]:
     batch: BatchConfig = run.batch
-    per_pass = batch.micro_batch * (run.launch.processes or 1)
+    micro_batch = batch.micro_batch or 1
+    per_pass = micro_batch * (run.launch.processes or 1)
     if batch.global_batch % per_pass:
         yield (
             f"batch.global_batch is {batch.global_batch}, but must be a multiple of batch.micro_batch x world size, "
-            f"{batch.micro_batch} x {run.launch.processes} = {per_pass}: use {_near(batch.global_batch, per_pass)}, or "
+            f"{micro_batch} x {run.launch.processes} = {per_pass}: use {_near(batch.global_batch, per_pass)}, or "
             "another micro_batch"
         )
     if batch.sequence_length and batch.sequence_length > run.model.context:

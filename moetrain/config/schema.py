@@ -84,7 +84,8 @@ class DataConfig:
     name: str = "sotu"
     """A label for the corpus, used in the name of the prepared directory."""
     text: list[str] = field(default_factory=lambda: ["builtin:sotu"])
-    """Files, directories or globs of .txt, .jsonl, .parquet (also .gz, .xz, .zst); builtin:sotu ships with moetrain."""
+    """Files, directories or globs of .txt, .jsonl, .json, .csv (also .gz, .xz, .zst) or .parquet; builtin:sotu
+    ships with moetrain."""
     text_column: str = "text"
     """Column of jsonl and parquet rows that holds the text."""
     held_out: float = 0.05
@@ -102,8 +103,8 @@ class BatchConfig:
 
     global_batch: int = 16
     """Sequences per optimizer step, over all ranks and micro-batches."""
-    micro_batch: int = 8
-    """Sequences per forward pass on one rank."""
+    micro_batch: int | None = None
+    """Sequences per forward pass on one rank. null: global_batch / world size, so that nothing is accumulated."""
     sequence_length: int | None = None
     """Tokens per sequence. null: model.context."""
 

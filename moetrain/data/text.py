@@ -167,8 +167,7 @@ def _missing_column(where: str, *, text_column: str, columns: Iterable[str]) -> 
 def _json_rows(path: Path, *, text_column: str, cache: str) -> Iterator[Any]:
     # Not through the json builder of datasets: it guesses a schema from the first 10 MB, so a text like "2020-01-01"
     # comes back as a date, a column that first shows up later stops it, and its errors do not tell the line.
-    first = next((line for line in _raw_text(path, cache=cache, sample_by="line") if line.strip()), "")
-    if _format(path) == ".json" and first.lstrip().startswith("["):
+    if _format(path) == ".json" and _is_array(path, cache=cache):
         for text in _raw_text(path, cache=cache, sample_by="document"):
             yield from json.loads(text)
         return
@@ -181,6 +180,11 @@ def _json_rows(path: Path, *, text_column: str, cache: str) -> Iterator[Any]:
                     f"{path}, line {number:,} is not JSON ({error}): write one object a line"
                     + (", or one array of objects" if _format(path) == ".json" else "")
                 ) from error
+
+
+def _is_array(path: Path, *, cache: str) -> bool:
+    first = next((line for line in _raw_text(path, cache=cache, sample_by="line") if line.strip()), "")
+    return first.lstrip().startswith("[")
 
 
 def _csv_rows(path: Path, *, text_column: str, cache: str) -> Iterator[Any]:

@@ -42,9 +42,7 @@ def build_model(
                 model, moe, local_experts=experts, expert_group=expert_group, world=world
             )
         else:
-            feed_forward = FeedForward(
-                model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias
-            )
+            feed_forward = FeedForward(model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias)
         attention = Attention(
             model.d_model,
             num_heads=model.num_heads,
@@ -106,9 +104,7 @@ def _moe_layer(
     expert_group: dist.ProcessGroup | None,
     world: dist.ProcessGroup | None,
 ) -> MoELayer:
-    router = TopKRouter(
-        model.d_model, num_experts=moe.num_experts, top_k=moe.top_k, renormalize=moe.renormalize
-    )
+    router = TopKRouter(model.d_model, num_experts=moe.num_experts, top_k=moe.top_k, renormalize=moe.renormalize)
     experts = Experts(
         model.d_model,
         d_expert=moe.d_expert or model.d_ff,

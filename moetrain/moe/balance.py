@@ -17,7 +17,8 @@ def balance_loss(prob_TE: Tensor, count_E: Tensor, *, group: dist.ProcessGroup |
         prob_TE: softmax of the router's scores on this rank's tokens.
         count_E: token copies this rank sends to each expert.
         group: f is taken over all tokens of these ranks, so that the mean of the ranks' gradients does not depend on
-            how the tokens are spread over them (Qiu et al. 2025, arXiv:2501.11873); None: this rank's tokens alone.
+            how the tokens are spread over them, as long as each has as many (Qiu et al. 2025, arXiv:2501.11873). Each
+            call is then a collective. None: this rank's tokens alone.
     """
     count_E = count_E.float()
     if group is not None:

@@ -91,9 +91,7 @@ class Dispatcher:
         # a batched product adds up the K answers without a weighted copy of them all
         return torch.bmm(receipt.weight_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
-    def _exchange(
-        self, x_ND: Tensor, count_E: Tensor, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor, Exchange]:
+    def _exchange(self, x_ND: Tensor, count_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Exchange]:
         ranks = dist.get_world_size(group)
         sent_Pe = count_E.view(ranks, -1)
         received_Pe = torch.empty_like(sent_Pe)

@@ -56,8 +56,9 @@ class Experts(nn.Module):
 def grouped_linear(x_RI: Tensor, weight_eOI: Tensor, count_e: Tensor) -> Tensor:
     """x @ weight[i].T for the rows of each expert i, for rows grouped by expert.
 
-    On CUDA one grouped matmul, which needs no count on the host. On CPU a matmul per expert into one buffer:
-    the grouped operation has no fast CPU kernel, and counts are on the host already.
+    On CUDA one grouped matmul, which in bf16 on Hopper and newer needs no count on the host; its rows must be
+    multiples of 16 bytes long (``config.checks``). On CPU a matmul per expert into one buffer: the grouped operation
+    has no fast CPU kernel, and counts are on the host already.
     """
     if x_RI.is_cuda:
         return F.grouped_mm(x_RI, weight_eOI.transpose(1, 2), offs=count_e.cumsum(0).to(torch.int32))

@@ -52,10 +52,13 @@ class TopKRouter(nn.Module):
         weight_TK, expert_TK = prob_TE.topk(self.top_k, -1)
         if self.renormalize:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        # not bincount: on CUDA it waits for the device to learn the largest id
+        copies_N = expert_TK.flatten()
+        count_E = copies_N.new_zeros(logit_TE.shape[-1]).scatter_add_(0, copies_N, torch.ones_like(copies_N))
         return Routing(
             expert_TK=expert_TK,
             weight_TK=weight_TK,
             logit_TE=logit_TE,
             prob_TE=prob_TE,
-            count_E=torch.bincount(expert_TK.flatten(), minlength=logit_TE.shape[-1]),
+            count_E=count_E,
         )

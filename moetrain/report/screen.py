@@ -83,7 +83,8 @@ def config_text(run: RunConfig, *, composed: dict[str, Any], sources: dict[str, 
                 lines.append(("  " * depth + f"{section}:", ""))
         open_sections = sections
         # one line each: a text with line breaks goes into quotes, where they are written as \\n
-        style = '"' if isinstance(value, str) and not value.isprintable() else None
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        style = None if all(text.isprintable() for text in texts) else '"'
         dumped = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True)
         written = dumped.removesuffix("...\n").strip()
         is_given = value is None or name not in given or given[name] is not None
@@ -115,7 +116,8 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, sample: 
     metrics = read_metrics(run_dir / METRICS)
     final = next(line for line in reversed(metrics) if line.get("final"))
     steps = [line for line in metrics if "tokens_per_second" in line]
-    console = Console(highlight=False)
+    # soft_wrap: a line longer than the terminal is the terminal's to wrap, so that a command can be copied whole
+    console = Console(highlight=False, soft_wrap=True)
     done = f"{final['step']:,} steps, {format_count(final['tokens'])} tokens"
     console.print(f"\n[bold]{escape(str(run_dir))}[/bold] is finished: {done}")
     console.print(_comparison(run, final=final, baselines=baselines))
@@ -130,11 +132,12 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, sample: 
     console.print(sample.strip(), markup=False)
     console.print("\n[bold]next[/bold]")
     console.print(
-        f'  moetrain sample run_dir={shlex.quote(str(run_dir))} prompt="The state of the Union is"\n'
-        "  moetrain train name=wide model.moe.num_experts=16      another number of experts\n"
-        "  moetrain config                                        every setting there is",
-        markup=False,
+        f'  moetrain sample run_dir={shlex.quote(str(run_dir))} prompt="The state of the Union is"', markup=False
     )
+    if run.model.moe is not None:
+        console.print("  moetrain train name=wide model.moe.num_experts=16    another number of experts")
+        console.print("  moetrain train model/moe=none                        the dense model to compare with")
+    console.print("  moetrain config                                      every setting there is")
 
 
 def _comparison(run: RunConfig, *, final: dict[str, Any], baselines: Baselines) -> Table:
@@ -144,16 +147,15 @@ def _comparison(run: RunConfig, *, final: dict[str, Any], baselines: Baselines) 
     table.add_row(
         f"[bold]{kind}[/bold]",
         f"[bold]{final['bits_per_byte']:.4f}[/bold]",
-        f"loss {final['held_out_loss']:.4f}, perplexity {final['perplexity']:,.1f} per token",
+        f"loss {final['held_out_loss']:.4f}, perplexity {final['perplexity']:,.1f}",
     )
     if moe is not None:
         dense = recorded_dense(run)
-        recorded = "same tokens; recorded, see docs/results.md"
-        unknown = "not recorded for these settings: moetrain train model/moe=none …"
-        table.add_row(
-            "dense, same active size", "-" if dense is None else f"{dense:.4f}", unknown if dense is None else recorded
+        value, note = (
+            ("-", "not recorded for these settings") if dense is None else (f"{dense:.4f}", "same tokens; recorded")
         )
-    table.add_row("byte trigram", f"{baselines.trigram:.4f}", "interpolated, counted on the training text")
+        table.add_row("dense, same active size", value, note)
+    table.add_row("byte trigram", f"{baselines.trigram:.4f}", "counted on the training text")
     table.add_row("xz -9e", f"{baselines.xz:.4f}", "of the held-out text alone")
     return table
 

@@ -165,9 +165,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
         world=groups.world if world_size > 1 else None,
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)
-    objective = Objective(
-        gpt, balance_weight=moe.balance_weight if moe else 0.0, z_weight=moe.z_weight if moe else 0.0
-    )
+    objective = Objective(gpt, balance_weight=moe.balance_weight if moe else 0.0, z_weight=moe.z_weight if moe else 0.0)
     config = deepspeed_config(
         micro_batch=run.batch.micro_batch,
         accumulation=sizes.accumulation,
@@ -182,9 +180,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
         "eps": run.optim.eps,
         "weight_decay": run.optim.weight_decay,
     }
-    return Engine(
-        objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip
-    )
+    return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
 
 
 def _restore(run_dir: Path, *, engine: Engine, groups: Groups) -> tuple[TrainState, str]:
@@ -254,9 +250,7 @@ def _batch_reader(
 class _Evaluator:
     """Evaluates on some or on all of the held-out text."""
 
-    def __init__(
-        self, run: RunConfig, *, engine: Engine, groups: Groups, prepared: Prepared, sizes: Sizes
-    ) -> None:
+    def __init__(self, run: RunConfig, *, engine: Engine, groups: Groups, prepared: Prepared, sizes: Sizes) -> None:
         self._run, self._engine, self._groups = run, engine, groups
         self._prepared, self._sizes = prepared, sizes
         self._meter = _meter(run, groups.device)

@@ -76,6 +76,26 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"model.moe.top_k": 8}, {"model.moe.num_experts": 9}],
     ),
     (
+        {"model.moe.top_k": 1},
+        "model.moe.renormalize is true, but must be false for model.moe.top_k=1",
+        [{"model.moe.renormalize": False}, {"model.moe.top_k": 2}, {"model.moe.num_experts": 1}],
+    ),
+    (
+        {"model.dtype": "bf16", "model.d_model": 252, "model.d_head": 64},
+        "model.d_model is 252, but must be a multiple of 8 for an MoE model in bf16: use 256",
+        [{"model.d_model": 256}, {"model.dtype": "fp32"}, {"model.moe": None}],
+    ),
+    (
+        {"model.dtype": "bf16", "model.moe.d_expert": 513},
+        "model.moe.d_expert is 513, but must be a multiple of 8 for an MoE model in bf16: use 520",
+        [{"model.moe.d_expert": 520}, {"model.dtype": "fp32"}],
+    ),
+    (
+        {"model.dtype": "bf16", "model.d_ff": 1020},
+        "model.moe.d_expert is 1020, but must be a multiple of 8 for an MoE model in bf16: use 1024",
+        [{"model.moe.d_expert": 1024}, {"model.d_ff": 1024}],
+    ),
+    (
         {"model.moe.every": 5},
         "model.moe.every is 5, but must be at most model.num_layers, 4: no block would be sparse; for a dense "
         "model use model/moe=none",
@@ -257,12 +277,14 @@ def test_a_dense_model_has_no_expert_parallel():
 
 
 def test_what_was_left_out_is_worked_out():
-    run = resolved({"name": "a", "model.context": 77}, default_processes=5)
+    run = resolved({"name": "a", "model.context": 77, "batch.global_batch": 40}, default_processes=5)
     assert (run.run_dir, run.batch.sequence_length, run.launch.processes) == ("runs/a", 77, 5)
+    assert run.batch.micro_batch == 8, "40 sequences over 5 processes, none accumulated"
 
 
 def test_what_was_given_stays():
-    given = {"run_dir": "here", "batch.sequence_length": 3, "launch.processes": 4, "parallel.expert_parallel": 1}
+    given = {"run_dir": "here", "batch.sequence_length": 3, "batch.micro_batch": 2, "launch.processes": 4,
+             "parallel.expert_parallel": 1}  # fmt: skip
     run = resolved({"name": "a", **given}, default_processes=5)
     assert {name: flatten(to_dict(run))[name] for name in given} == given
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,11 +192,11 @@ def test_a_damaged_run_file_is_told_with_its_path(tmp_path, content):
 def test_a_run_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_run(RunConfig(seed=1), tmp_path)
 
-    def full(*_: Any, **__: Any) -> str:
-        raise OSError(28, "No space left on device")
+    def crash(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(yaml, "safe_dump", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="Input/output"):
         write_run(RunConfig(seed=2), tmp_path)
     assert read_run(tmp_path).seed == 1
 
