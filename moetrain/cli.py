@@ -155,8 +155,9 @@ def train(words: Sequence[str]) -> int:
             if run_local(run_dir, processes=run.launch.processes or 1).stopped:
                 return STOPPED
         screen.draw(run_dir)
-        sample = "".join(_sample(run_dir=run_dir))
-        screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), sample=sample)
+        opening = _opening(run)
+        sample = "".join(_sample(run_dir=run_dir, prompt=opening))
+        screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
     return 0
 
 
@@ -327,6 +328,17 @@ def _baselines(run: RunConfig) -> Baselines:
 
     found = read_meta(Path(str(run.data.prepared))).baselines
     return Baselines(trigram=found.trigram, xz=found.xz)
+
+
+def _opening(run: RunConfig, *, tokens: int = 12) -> str:
+    """The first words of the held-out text, for a sample to go on from."""
+    from tokenizers import Tokenizer
+
+    from moetrain.data.corpus import open_prepared
+
+    prepared = open_prepared(Path(str(run.data.prepared)))
+    text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
+    return text
 
 
 def _sample(**wanted: Any) -> Any:

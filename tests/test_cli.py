@@ -255,10 +255,10 @@ class TestConfig:
 
 class TestTrain:
     def test_a_dry_run_says_what_would_run_and_writes_nothing(self, moetrain_in_process, place):
-        done = moetrain_in_process("train", "--dry-run", "launch.processes=4", "batch.micro_batch=4", "name=a")
+        done = moetrain_in_process("train", "--dry-run", "launch.processes=4", "schedule.steps=600", "name=a")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines() == [
-            "runs/a: 14.7 M parameters, 5.25 M active per token (8 experts, top-2)",
+            "runs/a: 3.94 M parameters, 1.58 M active per token (8 experts, top-2)",
             # 16 x 256 tokens a step
             f"  600 steps of 4,096 tokens: 2.46 M tokens, {flops():.2e} FLOPs",
             "  4 processes, expert parallel 4, ZeRO-1, fp32",
@@ -269,7 +269,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("before", "now", "told"),
         [
-            ("model.d_model=128", "", "model.d_model is 256, but runs/tiny was started with 128"),
+            ("model.d_model=96", "", "model.d_model is 128, but runs/tiny was started with 96"),
             ("seed=5", "", "seed is 1234, but runs/tiny was started with 5"),
             ("data.tokenizer=t.json", "", "data.tokenizer is null, but runs/tiny was started with t.json"),
             ("model/moe=none", "", "model.moe is 8 experts, but runs/tiny was started with null"),
@@ -289,14 +289,14 @@ class TestTrain:
         assert read_run(place / "runs" / "tiny") == earlier
 
     def test_the_way_out_of_that_leads_out(self, moetrain_in_process, place):
-        earlier_run(place, "model.d_model=128")
-        for way_out in ("model.d_model=128", "name=other", "run_dir=elsewhere"):
+        earlier_run(place, "model.d_model=96")
+        for way_out in ("model.d_model=96", "name=other", "run_dir=elsewhere"):
             assert moetrain_in_process("train", "--dry-run", way_out).returncode == 0
 
     def test_what_may_change_is_told(self, moetrain_in_process, place):
         earlier_run(place, "optim.lr=0.5")
         done = moetrain_in_process("train", "--dry-run", "launch.processes=2")
-        assert done.stdout.startswith("changed since the last start: optim.lr 0.5 -> 0.001\n")
+        assert done.stdout.startswith("changed since the last start: optim.lr 0.5 -> 0.003\n")
 
     def test_a_damaged_run_file_is_told(self, moetrain_in_process, place):
         earlier_run(place)
@@ -315,8 +315,8 @@ class TestTrain:
 
 def flops() -> float:
     """Of the tiny model: 6 per active weight without the embedding's look-up, and causal attention, by hand."""
-    layer = 4 * 256 * 256 + 8 * 256 + 2 * 3 * 256 * 512
-    per_token = 6 * (4 * layer + 4096 * 256) + 6 * 4 * 256 * 256
+    layer = 4 * 128 * 128 + 8 * 128 + 2 * 3 * 128 * 256
+    per_token = 6 * (4 * layer + 4096 * 128) + 6 * 4 * 256 * 128
     return per_token * 600 * 16 * 256
 
 

@@ -78,7 +78,7 @@ class TestPresets:
         run = usable()
         assert run == usable("model=tiny", "model/moe=preset", "launch=local")
         unset = resolve(RunConfig(), default_processes=2)
-        assert (run.data, run.batch, run.optim, run.schedule) == (unset.data, unset.batch, unset.optim, unset.schedule)
+        assert (run.data, run.batch, run.parallel) == (unset.data, unset.batch, unset.parallel)
 
     def test_every_preset_is_listed_with_a_line(self):
         for group, names in (

@@ -100,7 +100,7 @@ def is_finished(run: RunConfig, run_dir: Path) -> bool:
         run.schedule, tokens_per_step=run.batch.global_batch * (run.batch.sequence_length or run.model.context)
     )
     path = run_dir / METRICS
-    return path.is_file() and any(line.get("final") and line["step"] == steps for line in read_metrics(path))
+    return path.is_file() and any(line.get("final") and line["step"] >= steps for line in read_metrics(path))
 
 
 def draw(run_dir: Path) -> None:
@@ -111,7 +111,7 @@ def draw(run_dir: Path) -> None:
         expert_load_map(metrics, run_dir / "expert_load.png", title=f"{run_dir.name}: expert load")
 
 
-def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, sample: str) -> None:
+def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, opening: str, sample: str) -> None:
     """What a finished run has reached, and what to do next."""
     metrics = read_metrics(run_dir / METRICS)
     final = next(line for line in reversed(metrics) if line.get("final"))
@@ -128,8 +128,8 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, sample: 
         console.print(f"expert load  {_load_text(final)}")
         pictures.append(run_dir / "expert_load.png")
     console.print(f"pictures     {', '.join(map(str, pictures))}", markup=False)
-    console.print("\n[bold]a sample[/bold]")
-    console.print(sample.strip(), markup=False)
+    console.print("\n[bold]a sample[/bold], going on from the first words of the held-out text")
+    console.print(f"[dim]{escape(opening)}[/dim]{escape(sample.rstrip())}")
     console.print("\n[bold]next[/bold]")
     console.print(
         f'  moetrain sample run_dir={shlex.quote(str(run_dir))} prompt="The state of the Union is"', markup=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import traceback
@@ -50,6 +51,7 @@ class Sizes:
     """Numbers that several parts need, worked out once from the settings."""
 
     sequence_length: int
+    micro_batch: int
     accumulation: int
     tokens_per_step: int
     steps: int
@@ -58,12 +60,31 @@ class Sizes:
     def of(run: RunConfig, *, world_size: int) -> Sizes:
         length = run.batch.sequence_length or run.model.context
         tokens_per_step = run.batch.global_batch * length
+        micro_batch = run.batch.micro_batch or run.batch.global_batch // world_size
         return Sizes(
             sequence_length=length,
-            accumulation=run.batch.global_batch // (run.batch.micro_batch * world_size),
+            micro_batch=micro_batch,
+            accumulation=run.batch.global_batch // (micro_batch * world_size),
             tokens_per_step=tokens_per_step,
             steps=steps_in_run(run.schedule, tokens_per_step=tokens_per_step),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What this rank has built, for the functions below."""
+
+    run: RunConfig
+    run_dir: Path
+    groups: Groups
+    sizes: Sizes
+    prepared: Prepared
+    engine: Engine
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self.groups.topology.rank == 0
 
 
 def run_rank(run_dir: Path) -> bool:
@@ -80,46 +101,39 @@ def run_rank(run_dir: Path) -> bool:
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     prepared = open_prepared(Path(str(run.data.prepared)))
     engine = _build_engine(run, groups=groups, sizes=sizes)
-    state, resumed_from = _restore(run_dir, engine=engine, groups=groups)
+    parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
+    state, resumed_from = _restore(parts)
 
-    first = groups.topology.rank == 0
-    log = MetricsLog(run_dir, resume_step=state.step) if first else None
-    wandb = open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=run.name,
-                       config=to_dict(run)) if first else None  # fmt: skip
+    log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
+    wandb = (
+        open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name), config=to_dict(run))
+        if parts.is_first
+        else None
+    )
 
     def record(line: dict[str, Any]) -> None:
-        if log is not None:
-            log.write(line)
-        if wandb is not None:
-            wandb.write(line)
+        for each in (log, wandb):
+            if each is not None:
+                each.write(line)
 
-    evaluator = _Evaluator(run, engine=engine, groups=groups, prepared=prepared, sizes=sizes)
+    evaluator = _Evaluator(parts)
     if state.step < sizes.steps:
-        with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=first) as bar:
+        with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=parts.is_first) as bar:
             if resumed_from:
                 bar.say(f"resumed from {resumed_from} at step {state.step:,}")
-            _train(run, run_dir, engine, groups, sizes, prepared, state, evaluator, stop, record, bar)
+            _train(parts, state, evaluator=evaluator, stop=stop, record=record, bar=bar)
     finished = state.step >= sizes.steps
     if finished:
-        record(evaluation_fields(evaluator.all_of_it(shown=first), state=state) | {"final": True})
+        record(evaluation_fields(evaluator.all_of_it(), state=state) | {"final": True})
     if wandb is not None:
         wandb.close()
     return finished
 
 
 def _train(
-    run: RunConfig,
-    run_dir: Path,
-    engine: Engine,
-    groups: Groups,
-    sizes: Sizes,
-    prepared: Prepared,
-    state: TrainState,
-    evaluator: _Evaluator,
-    stop: StopRequest,
-    record: Record,
-    bar: WorkBar,
+    parts: Parts, state: TrainState, *, evaluator: _Evaluator, stop: StopRequest, record: Record, bar: WorkBar
 ) -> None:
+    run, groups, sizes = parts.run, parts.groups, parts.sizes
     log = LogHook(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
@@ -137,20 +151,20 @@ def _train(
         every_minutes=run.checkpoint.every_minutes,
         steps=sizes.steps,
         flush=log.flush,
-        save=_saver(run, run_dir, engine=engine, groups=groups),
+        save=_saver(parts, warn=bar.say),
         control=groups.control,
     )
     plan = Plan(
         steps=sizes.steps,
         schedule=_schedule(run, sizes=sizes),
-        batch=_batch_reader(run, groups=groups, prepared=prepared, sizes=sizes),
+        batch=_batch_reader(parts),
         tokens_per_step=sizes.tokens_per_step,
         seed=run.seed,
         hooks=(log, evaluation, save),
         stop=stop,
     )
     log.start(state)
-    train(engine, plan=plan, state=state, rank=groups.topology.rank)
+    train(parts.engine, plan=plan, state=state, rank=groups.topology.rank)
     if state.step < sizes.steps:
         save.save(state)
         bar.say(f"stopped on request at step {state.step:,}, and saved; the same command goes on from here")
@@ -167,7 +181,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)
     objective = Objective(gpt, balance_weight=moe.balance_weight if moe else 0.0, z_weight=moe.z_weight if moe else 0.0)
     config = deepspeed_config(
-        micro_batch=run.batch.micro_batch,
+        micro_batch=sizes.micro_batch,
         accumulation=sizes.accumulation,
         world_size=world_size,
         zero_stage=run.parallel.zero_stage,
@@ -183,7 +197,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
     return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
 
 
-def _restore(run_dir: Path, *, engine: Engine, groups: Groups) -> tuple[TrainState, str]:
+def _restore(parts: Parts) -> tuple[TrainState, str]:
     """Fill the engine from the newest whole checkpoint, if there is one; every rank takes the same one."""
 
     def warn(message: str) -> None:
@@ -191,57 +205,57 @@ def _restore(run_dir: Path, *, engine: Engine, groups: Groups) -> tuple[TrainSta
 
     # one rank reads and digests for all: they must not come to different answers
     found: list[Any] = [None]
-    if groups.topology.rank == 0:
-        newest = checkpoint_state.newest_whole(run_dir / "checkpoints", warn=warn)
+    if parts.is_first:
+        newest = checkpoint_state.newest_whole(parts.run_dir / "checkpoints", warn=warn)
         if newest is not None:
             found = [(str(newest[0]), newest[1].step, newest[1].tokens)]
-    torch.distributed.broadcast_object_list(found, src=0, group=groups.control)
+    torch.distributed.broadcast_object_list(found, src=0, group=parts.groups.control)
     if found[0] is None:
         return TrainState(), ""
     directory, step, tokens = found[0]
-    checkpoint_state.load(Path(directory), engine.fragments(), group=groups.control)
-    engine.loaded(step=step)
+    checkpoint_state.load(Path(directory), parts.engine.fragments(), group=parts.groups.control)
+    parts.engine.loaded(step=step)
     return TrainState(step=step, tokens=tokens), directory
 
 
-def _saver(run: RunConfig, run_dir: Path, *, engine: Engine, groups: Groups) -> Callable[[TrainState], None]:
-    root = run_dir / "checkpoints"
+def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState], None]:
+    root, topology = parts.run_dir / "checkpoints", parts.groups.topology
 
     def save(state: TrainState) -> None:
         manifest = store.Manifest(
             step=state.step,
             tokens=state.tokens,
-            seed=run.seed,
-            world_size=groups.topology.world_size,
-            expert_parallel=groups.topology.expert_parallel,
-            run=to_dict(run),
+            seed=parts.run.seed,
+            world_size=topology.world_size,
+            expert_parallel=topology.expert_parallel,
+            run=to_dict(parts.run),
             files=[],
         )
-        checkpoint_state.save(root, engine.fragments(), manifest=manifest, group=groups.control)
-        if groups.topology.rank == 0:
-            store.prune(root, keep=run.checkpoint.keep)
+        checkpoint_state.save(root, parts.engine.fragments(), manifest=manifest, group=parts.groups.control)
+        if parts.is_first:
+            try:
+                store.prune(root, keep=parts.run.checkpoint.keep)
+            except OSError as error:
+                # the new checkpoint is whole: an old one that will not go is no reason to stop
+                warn(f"warning: old checkpoints could not be removed: {error}")
 
     return save
 
 
-def _batch_reader(
-    run: RunConfig, *, groups: Groups, prepared: Prepared, sizes: Sizes
-) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
+def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
+    topology, batch = parts.groups.topology, parts.run.batch
     batches = Batches(
-        prepared.train.tokens,
-        sequence_length=sizes.sequence_length,
-        global_batch=run.batch.global_batch,
-        seed=run.seed,
+        parts.prepared.train.tokens,
+        sequence_length=parts.sizes.sequence_length,
+        global_batch=batch.global_batch,
+        seed=parts.run.seed,
     )
 
     def at(step: int) -> Sequence[tuple[Tensor, Tensor]]:
         rows = batches.rank_slice(
-            step,
-            rank=groups.topology.rank,
-            world_size=groups.topology.world_size,
-            micro_batch=run.batch.micro_batch,
+            step, rank=topology.rank, world_size=topology.world_size, micro_batch=parts.sizes.micro_batch
         )
-        on_device = torch.from_numpy(rows).to(groups.device, non_blocking=True)
+        on_device = torch.from_numpy(rows).to(parts.groups.device, non_blocking=True)
         return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in on_device]
 
     return at
@@ -250,45 +264,38 @@ def _batch_reader(
 class _Evaluator:
     """Evaluates on some or on all of the held-out text."""
 
-    def __init__(self, run: RunConfig, *, engine: Engine, groups: Groups, prepared: Prepared, sizes: Sizes) -> None:
-        self._run, self._engine, self._groups = run, engine, groups
-        self._prepared, self._sizes = prepared, sizes
-        self._meter = _meter(run, groups.device)
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._meter = _meter(parts.run, parts.groups.device)
 
     def some_of_it(self) -> Evaluation:
-        return self._evaluate(self._run.evaluate.max_sequences, on_batch=lambda: None)
+        return self._evaluate(self._parts.run.evaluate.max_sequences, on_batch=lambda: None)
 
-    def all_of_it(self, *, shown: bool) -> Evaluation:
-        topology, length = self._groups.topology, self._sizes.sequence_length
-        per_batch = length * self._run.batch.micro_batch * topology.world_size
-        batches = -(-(self._prepared.held_out.num_tokens - 1) // per_batch)
-        with WorkBar("evaluate", total=batches, unit="batches", shown=shown) as bar:
-            done = 0
-
-            def advance() -> None:
-                nonlocal done
-                done += 1
-                bar.advance_to(done)
-
-            return self._evaluate(None, on_batch=advance)
+    def all_of_it(self) -> Evaluation:
+        sizes = self._parts.sizes
+        per_batch = sizes.sequence_length * sizes.micro_batch * self._parts.groups.topology.world_size
+        batches = -(-(self._parts.prepared.held_out.num_tokens - 1) // per_batch)
+        with WorkBar("evaluate", total=batches, unit="batches", shown=self._parts.is_first) as bar:
+            done = itertools.count(1)
+            return self._evaluate(None, on_batch=lambda: bar.advance_to(next(done)))
 
     def _evaluate(self, max_sequences: int | None, *, on_batch: Callable[[], None]) -> Evaluation:
-        held_out, topology = self._prepared.held_out, self._groups.topology
+        held_out, groups = self._parts.prepared.held_out, self._parts.groups
         batches = held_out_batches(
             held_out.tokens,
-            sequence_length=self._sizes.sequence_length,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            micro_batch=self._run.batch.micro_batch,
+            sequence_length=self._parts.sizes.sequence_length,
+            rank=groups.topology.rank,
+            world_size=groups.topology.world_size,
+            micro_batch=self._parts.sizes.micro_batch,
             max_sequences=max_sequences,
         )
         return evaluate(
-            self._engine.gpt,
+            self._parts.engine.gpt,
             batches,
             bytes_per_token=held_out.num_bytes / held_out.num_tokens,
             meter=self._meter,
-            device=self._groups.device,
-            group=self._groups.world,
+            device=groups.device,
+            group=groups.world,
             on_batch=on_batch,
         )
 

@@ -78,7 +78,13 @@ def test_a_run_made_longer_is_not_finished(tmp_path):
 
 
 def show(capsys: pytest.CaptureFixture[str], run: RunConfig, run_dir: Path) -> str:
-    last_screen(run, run_dir=run_dir, baselines=Baselines(trigram=2.75, xz=2.9), sample="[bold]once[/bold] [x]")
+    last_screen(
+        run,
+        run_dir=run_dir,
+        baselines=Baselines(trigram=2.75, xz=2.9),
+        opening="My fellow",
+        sample="[bold]once[/bold] [x]",
+    )
     return capsys.readouterr().out
 
 
