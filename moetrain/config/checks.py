@@ -6,13 +6,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from moetrain.config.routers import ROUTERS, broken_rules, resolve_router
 from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, RunConfig, ScheduleConfig
 from moetrain.errors import ConfigError
 
 CHOICES = {
     "model.activation": ("swiglu", "geglu", "gelu", "relu"),
     "model.moe.activation": ("swiglu", "geglu", "gelu", "relu"),
-    "model.moe.router": ("top_k",),
+    "model.moe.router": tuple(ROUTERS),
+    "model.moe.gate": ("sigmoid", "softmax"),
+    "model.moe.hash_table": ("balanced", "random"),
+    "model.moe.pooling": ("soft", "winner"),
+    "model.moe.balance_scope": ("all_ranks", "micro_batch", "sequence"),
+    "model.moe.drop": ("position", "probability"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rope", "learned"),
     "model.dtype": ("fp32", "bf16"),
@@ -24,15 +30,18 @@ CHOICES = {
 POSITIVE = (
     "model.vocab_size", "model.context", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",
     "model.d_head", "model.d_ff", "model.norm_eps", "model.rope_theta", "model.init_std", "model.moe.num_experts",
-    "model.moe.top_k", "model.moe.d_expert", "model.moe.every", "batch.global_batch", "batch.micro_batch",
+    "model.moe.top_k", "model.moe.d_expert", "model.moe.every", "model.moe.num_groups", "model.moe.top_groups",
+    "model.moe.sinkhorn_iterations", "model.moe.weight_scale", "model.moe.capacity_factor",
+    "model.moe.evaluation_capacity_factor", "model.moe.min_capacity", "batch.global_batch", "batch.micro_batch",
     "batch.sequence_length", "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "evaluate.every_steps",
     "evaluate.max_sequences", "log.every_steps", "log.peak_tflops",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "model.moe.balance_weight", "model.moe.z_weight", "optim.weight_decay", "optim.clip",
-    "schedule.warmup_steps", "schedule.warmup_tokens",
+    "seed", "model.moe.balance_weight", "model.moe.z_weight", "model.moe.importance_weight",
+    "model.moe.load_weight", "model.moe.bias_update_rate", "model.moe.num_shared_experts",
+    "optim.weight_decay", "optim.clip", "schedule.warmup_steps", "schedule.warmup_tokens",
 )  # fmt: skip
 
 
@@ -50,8 +59,12 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
     expert_parallel = run.parallel.expert_parallel
     if expert_parallel is None:
         expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
+    model = run.model
+    if model.moe is not None:
+        model = replace(model, moe=resolve_router(model.moe))
     return replace(
         run,
+        model=model,
         run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
         batch=replace(run.batch, micro_batch=micro_batch, sequence_length=length),
         launch=replace(run.launch, processes=processes),
@@ -101,6 +114,10 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
         value = flat.get(name)
         if isinstance(value, float) and not 0 <= value < 1:
             yield f"{name} is {value}, but must lie in [0, 1)"
+    for name, below in (("model.moe.dropout", 1), ("model.moe.jitter", 1)):
+        value = flat.get(name)
+        if isinstance(value, float) and not 0 <= value < below:
+            yield f"{name} is {value}, but must lie in [0, {below}): 0 leaves it out"
     held_out = flat.get("data.held_out")
     if isinstance(held_out, float) and not 0 < held_out <= 0.5:
         yield f"data.held_out is {held_out}, but must lie in (0, 0.5]: it is a share of the documents"
@@ -153,6 +170,7 @@ def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
             f"model.moe.top_k is {moe.top_k}, but must be at most model.moe.num_experts, {moe.num_experts}: use fewer, "
             f"or {moe.top_k} experts"
         )
+    yield from broken_rules(moe)
     if moe.top_k == 1 and moe.renormalize and moe.num_experts > 1:
         yield (
             "model.moe.renormalize is true, but must be false for model.moe.top_k=1: the one weight would always be 1, "

@@ -25,13 +25,61 @@ class MoEConfig:
     activation: str | None = None
     """Activation inside the experts: swiglu, geglu, gelu or relu. null: model.activation."""
     router: str = "top_k"
-    """How a token finds its experts: top_k (Mixtral, arXiv:2401.04088, section 2.1)."""
-    renormalize: bool = True
-    """Whether the weights of the top_k chosen experts sum to 1 (Mixtral) or keep their softmax value (Switch)."""
-    balance_weight: float = 0.01
-    """Weight of the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equation 4)."""
-    z_weight: float = 0.001
-    """Weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5)."""
+    """How a token finds its experts: top_k (Mixtral), switch, gshard, noisy_top_k, expert_choice, sinkhorn, hash,
+    sigmoid_bias (loss-free), dense, or balanced (even by force, for benchmarks). docs/routing.md compares them."""
+    renormalize: bool | None = None
+    """top_k: whether the weights of the chosen experts sum to 1 (Mixtral) or keep their softmax value. null: true."""
+    jitter: float | None = None
+    """top_k, switch: in training the scores see the input times U(1 - jitter, 1 + jitter). null: 0 and
+    0.01."""
+    num_groups: int | None = None
+    """top_k, sigmoid_bias: groups of neighbouring experts (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). null:
+    none."""
+    top_groups: int | None = None
+    """top_k, sigmoid_bias: groups whose experts a token may choose among. null: all."""
+    importance_weight: float | None = None
+    """noisy_top_k: weight of the importance loss (Shazeer et al. 2017, arXiv:1701.06538, section 4). null: 0.1."""
+    load_weight: float | None = None
+    """noisy_top_k: weight of the load loss (ibid., appendix A). null: 0.1."""
+    sinkhorn_iterations: int | None = None
+    """sinkhorn: rounds of scaling. null: 8."""
+    gate: str | None = None
+    """sinkhorn: weight of an answer, sigmoid of its score or softmax over the experts. null: sigmoid."""
+    hash_table: str | None = None
+    """hash: balanced (by how often each token occurs; Roller et al. 2021, arXiv:2106.04426) or random. null:
+    balanced."""
+    bias_update_rate: float | None = None
+    """sigmoid_bias: step of the bias after each optimizer step (Wang et al. 2024, arXiv:2408.15664). null: 0.001."""
+    weight_scale: float | None = None
+    """sigmoid_bias: times the weights (DeepSeek-V3 uses 2.5). null: 1."""
+    pooling: str | None = None
+    """dense: soft, or winner (in evaluation the largest gate answers alone). null: soft."""
+    balance_weight: float | None = None
+    """Weight of the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equation 4). null: 0.01 for top_k, switch
+    and gshard, 0 for the rest."""
+    balance_scope: str = "all_ranks"
+    """Tokens over which the balance loss counts: all_ranks (of one micro-step), micro_batch (of one rank) or
+    sequence."""
+    z_weight: float | None = None
+    """Weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5). null: 0.001 for top_k, else 0."""
+    capacity_factor: float | None = None
+    """An expert takes at most this times T K / E copies of a micro-batch of T tokens; the rest is dropped. null: no
+    limit, nothing is dropped."""
+    evaluation_capacity_factor: float | None = None
+    """The same in evaluation. null: no limit."""
+    min_capacity: int = 1
+    """Copies an expert takes at least, where there is a limit."""
+    drop: str = "position"
+    """Which copies go first: position (later tokens, and second choices of all tokens before first ones) or probability
+    (smallest weight)."""
+    allow_noncausal: bool = False
+    """Whether routers that see later tokens in training may be used (expert_choice, sinkhorn)."""
+    num_shared_experts: int = 0
+    """Experts that every token visits besides (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066), each d_expert wide."""
+    shared_gate: bool = False
+    """Whether a learned sigmoid scales the shared experts' answer."""
+    dropout: float = 0.0
+    """Share of an expert's hidden units left out in training (expert dropout; 0.4 to fine-tune in Switch, table 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,10 @@ class TokenFile:
     def num_documents(self) -> int:
         return len(self.documents)
 
+    def frequencies(self, vocab_size: int) -> npt.NDArray[np.int64]:
+        """How often each token id occurs among the first 2^26 tokens, [vocab_size]."""
+        return np.bincount(self.tokens[: 1 << 26], minlength=vocab_size)
+
 
 @dataclass(frozen=True)
 class Prepared:

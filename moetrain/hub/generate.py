@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from moetrain.checkpoint.state import Fragment, load, newest_whole
 from moetrain.config.freeze import read_run
 from moetrain.config.schema import RunConfig
+from moetrain.data.corpus import open_prepared
 from moetrain.data.tokenizer import end_of_text, vocabulary_size
 from moetrain.errors import CheckpointError
-from moetrain.model.build import build_model
+from moetrain.model.build import build_model, expert_table
 from moetrain.model.gpt import GPT
 
 
@@ -27,10 +28,12 @@ def load_model(run_dir: Path, *, warn: Callable[[str], None]) -> tuple[RunConfig
     newest = newest_whole(run_dir / "checkpoints", warn=warn)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
-    gpt = build_model(run.model)
+    train = open_prepared(Path(str(run.data.prepared))).train
+    frequency_V = torch.from_numpy(train.frequencies(run.model.vocab_size))
+    gpt = build_model(run.model, expert_V=expert_table(run.model, seed=run.seed, frequency_V=frequency_V))
     fragments = [
-        Fragment(f"{name}/fp32", parameter.detach().view(-1), 0, parameter.numel())
-        for name, parameter in gpt.named_parameters()
+        Fragment(f"{name}/fp32", tensor.detach().view(-1), 0, tensor.numel())
+        for name, tensor in (*gpt.named_parameters(), *gpt.router_state().items())
     ]
     load(newest[0], fragments, group=None)
     return run, gpt.eval()

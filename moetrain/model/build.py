@@ -8,14 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moetrain.config.routers import resolve_router
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.attention import Attention
 from moetrain.model.ffn import FeedForward
 from moetrain.model.gpt import GPT, Block
+from moetrain.moe.assign import BalancedRouter, DenseRouter, ExpertChoiceRouter, HashRouter, SinkhornRouter, hash_table
 from moetrain.moe.dispatch import Dispatcher
-from moetrain.moe.experts import Experts
-from moetrain.moe.layer import MoELayer
-from moetrain.moe.router import TopKRouter
+from moetrain.moe.experts import Experts, SharedExpert
+from moetrain.moe.layer import Capacity, MoELayer
+from moetrain.moe.router import GShardRouter, NoisyTopKRouter, SigmoidBiasRouter, TopKRouter
 from moetrain.parallel.seeds import derive_seed
 
 
@@ -25,6 +27,7 @@ def build_model(
     local_experts: range | None = None,
     expert_group: dist.ProcessGroup | None = None,
     world: dist.ProcessGroup | None = None,
+    expert_V: Tensor | None = None,
 ) -> GPT:
     """The model without values in its weights; ``initialize`` gives them.
 
@@ -32,6 +35,7 @@ def build_model(
         local_experts: global ids of the experts on this rank; None: all of them.
         expert_group: the ranks that share the experts; None when this rank holds all.
         world: all ranks, over which the balance loss counts tokens; None: this rank alone.
+        expert_V: the table of the hash router (``assign.hash_table``); None for the others.
     """
     moe = model.moe
     blocks = []
@@ -39,7 +43,7 @@ def build_model(
         if moe is not None and (index + 1) % moe.every == 0:
             experts = range(moe.num_experts) if local_experts is None else local_experts
             feed_forward: FeedForward | MoELayer = _moe_layer(
-                model, moe, local_experts=experts, expert_group=expert_group, world=world
+                model, moe, local_experts=experts, expert_group=expert_group, world=world, expert_V=expert_V
             )
         else:
             feed_forward = FeedForward(model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias)
@@ -61,6 +65,23 @@ def build_model(
     )
 
 
+def expert_table(model: ModelConfig, *, seed: int, frequency_V: Tensor) -> Tensor | None:
+    """The table of the hash router, [V] int64; None for a model that has none.
+
+    Args:
+        frequency_V: how often each token id occurs in the training text.
+    """
+    moe = model.moe
+    if moe is None or moe.router != "hash":
+        return None
+    return hash_table(
+        vocab_size=model.vocab_size,
+        num_experts=moe.num_experts,
+        seed=derive_seed(seed, "hash table"),
+        frequency_V=frequency_V if resolve_router(moe).hash_table == "balanced" else None,
+    )
+
+
 @torch.no_grad()
 def initialize(gpt: GPT, *, init_std: float, seed: int) -> None:
     """Give every weight its first value, drawn from a generator seeded by (seed, global name).
@@ -77,7 +98,7 @@ def initialize(gpt: GPT, *, init_std: float, seed: int) -> None:
             if isinstance(module, Experts):
                 for expert, weight in zip(module.global_ids, parameter, strict=True):
                     _draw(weight, std=std, seed=seed, name=f"{full_name}.{expert}")
-            elif name == "bias":
+            elif name == "bias" or getattr(module, "starts_at_zero", False):
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
@@ -103,12 +124,61 @@ def _moe_layer(
     local_experts: range,
     expert_group: dist.ProcessGroup | None,
     world: dist.ProcessGroup | None,
+    expert_V: Tensor | None,
 ) -> MoELayer:
-    router = TopKRouter(model.d_model, num_experts=moe.num_experts, top_k=moe.top_k, renormalize=moe.renormalize)
-    experts = Experts(
-        model.d_model,
-        d_expert=moe.d_expert or model.d_ff,
-        activation=moe.activation or model.activation,
-        global_ids=local_experts,
+    d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
+    shared = None
+    if moe.num_shared_experts:
+        width = moe.num_shared_experts * d_expert
+        shared = SharedExpert(model.d_model, d_expert=width, activation=activation, gate=moe.shared_gate)
+    return MoELayer(
+        _router(model.d_model, moe, expert_V=expert_V),
+        experts=Experts(
+            model.d_model,
+            d_expert=d_expert,
+            activation=activation,
+            global_ids=local_experts,
+            dropout=moe.dropout,
+        ),
+        dispatcher=Dispatcher(expert_group),
+        balance_group=world if moe.balance_scope == "all_ranks" else None,
+        balance_by_sequence=moe.balance_scope == "sequence",
+        capacity=Capacity(
+            factor=moe.capacity_factor,
+            evaluation_factor=moe.evaluation_capacity_factor,
+            least=moe.min_capacity,
+            drop=moe.drop,
+        ),
+        shared=shared,
     )
-    return MoELayer(router, experts=experts, dispatcher=Dispatcher(expert_group), balance_group=world)
+
+
+def _router(d_model: int, settings: MoEConfig, *, expert_V: Tensor | None) -> nn.Module:
+    moe = resolve_router(settings)
+    E, K = {"num_experts": moe.num_experts}, {"top_k": moe.top_k}
+    groups = {"num_groups": moe.num_groups, "top_groups": moe.top_groups}
+    match moe.router:
+        case "top_k":
+            return TopKRouter(d_model, **E, **K, renormalize=bool(moe.renormalize), jitter=moe.jitter or 0.0, **groups)
+        case "switch":
+            return TopKRouter(d_model, **E, top_k=1, renormalize=False, jitter=moe.jitter or 0.0)
+        case "gshard":
+            return GShardRouter(d_model, **E)
+        case "noisy_top_k":
+            return NoisyTopKRouter(d_model, **E, **K)
+        case "sigmoid_bias":
+            assert moe.bias_update_rate is not None
+            return SigmoidBiasRouter(d_model, **E, **K, update_rate=moe.bias_update_rate,
+                                     scale=moe.weight_scale or 1.0, **groups)  # fmt: skip
+        case "expert_choice":
+            return ExpertChoiceRouter(d_model, **E, **K)
+        case "sinkhorn":
+            return SinkhornRouter(d_model, **E, **K, iterations=moe.sinkhorn_iterations or 1, gate=str(moe.gate))
+        case "hash":
+            assert expert_V is not None, "the hash router needs its table"
+            return HashRouter(expert_V, **E)
+        case "dense":
+            return DenseRouter(d_model, **E, pooling=str(moe.pooling))
+        case "balanced":
+            return BalancedRouter(**E, **K)
+    raise AssertionError(f"config.checks let the router {moe.router} pass")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from moetrain.model.attention import Attention, rotation
 from moetrain.model.ffn import FeedForward
 from moetrain.moe.layer import MoELayer, MoEOutput
+from moetrain.moe.router import SigmoidBiasRouter
+from moetrain.moe.routing import Choice
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ class GPT(nn.Module):
         self.norm = norm
         self.head = None if tie_embeddings else nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
 
-    def forward(self, token_BS: Tensor) -> GPTOutput:
+    def forward(self, token_BS: Tensor, replay: Sequence[Choice] | None = None) -> GPTOutput:
+        """Args:
+        token_BS: ids.
+        replay: the choice of each MoE block in an earlier pass, to be repeated; None: the routers choose.
+        """
         x = self.embedding(token_BS)
         turn = None
         if self.positions is not None:
@@ -78,10 +85,27 @@ class GPT(nn.Module):
         moe = []
         for block in self.blocks:
             x = x + block.attention(block.attention_norm(x), turn=turn)
-            answer = block.feed_forward(block.feed_forward_norm(x))
-            if isinstance(answer, MoEOutput):
+            normed = block.feed_forward_norm(x)
+            if isinstance(block.feed_forward, MoELayer):
+                answer = block.feed_forward(normed, token_BS, None if replay is None else replay[len(moe)])
                 moe.append(answer)
-                answer = answer.hidden_TD
-            x = x + answer
+                x = x + answer.hidden_TD
+            else:
+                x = x + block.feed_forward(normed)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return GPTOutput(logit_BSV=nn.functional.linear(self.norm(x), weight), moe=moe)
+
+    def router_state(self) -> dict[str, Tensor]:
+        """State of the routers that no optimizer holds, by global name; the same on every rank."""
+        return {
+            f"{name}.bias_E": module.bias_E
+            for name, module in self.named_modules()
+            if isinstance(module, SigmoidBiasRouter)
+        }
+
+    def after_step(self, counts: list[Tensor]) -> None:
+        """Let the routers that ask for it see the load of the global batch, [E] for each MoE block."""
+        routers = [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
+        for router, count_E in zip(routers, counts, strict=True):
+            if isinstance(router, SigmoidBiasRouter):
+                router.after_step(count_E)

@@ -29,15 +29,17 @@ class Losses:
 class Objective(nn.Module):
     """Token ids and targets to losses.
 
-    The balance loss and the z-loss of every layer are added to the total, each with its weight (Switch, section 2.2:
-    "for each Switch layer, this auxiliary loss is added to the total model loss").
+    The routers' losses of every layer are added to the total, each with its weight (Switch, section 2.2: "for each
+    Switch layer, this auxiliary loss is added to the total model loss").
+
+    Args:
+        loss_weights: name of a router's loss -> its weight; losses without one are reported and not added.
     """
 
-    def __init__(self, gpt: GPT, *, balance_weight: float, z_weight: float) -> None:
+    def __init__(self, gpt: GPT, *, loss_weights: dict[str, float]) -> None:
         super().__init__()
         self.gpt = gpt
-        self.balance_weight = balance_weight
-        self.z_weight = z_weight
+        self.loss_weights = loss_weights
 
     def forward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         output = self.gpt(token_BS)
@@ -49,7 +51,10 @@ class Objective(nn.Module):
         )
         total = language
         for layer in output.moe:
-            total = total + self.balance_weight * layer.balance_loss + self.z_weight * layer.z_loss
+            for name, loss in layer.losses.items():
+                weight = self.loss_weights.get(name, 0.0)
+                if weight:
+                    total = total + weight * loss
         return Losses(total=total, language=language.detach(), load=[layer.load for layer in output.moe])
 
 

@@ -27,6 +27,21 @@ def balance_loss(prob_TE: Tensor, count_E: Tensor, *, group: dist.ProcessGroup |
     return prob_TE.shape[-1] * torch.dot(share_E, prob_TE.mean(0))
 
 
+def sequence_balance_loss(prob_TE: Tensor, expert_TK: Tensor, *, length: int) -> Tensor:
+    """The balance loss of each sequence by itself, averaged (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
+
+    It does not depend on how sequences are spread over ranks and micro-batches.
+
+    Args:
+        length: tokens of a sequence; T is a multiple of it.
+    """
+    experts = prob_TE.shape[-1]
+    ones_SE = torch.zeros_like(prob_TE).scatter_add_(1, expert_TK, torch.ones_like(expert_TK, dtype=prob_TE.dtype))
+    share_BE = ones_SE.view(-1, length, experts).sum(1) / (length * expert_TK.shape[1])
+    mean_BE = prob_TE.view(-1, length, experts).mean(1)
+    return experts * (share_BE * mean_BE).sum(-1).mean()
+
+
 def z_loss(logit_TE: Tensor) -> Tensor:
     """Mean over tokens of the squared log-sum-exp of the scores (Zoph et al. 2022, arXiv:2202.08906, equation 5)."""
     return logit_TE.logsumexp(-1).square().mean()

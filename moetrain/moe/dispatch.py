@@ -3,7 +3,8 @@
     dispatch   x_TD --copy, sort by expert--> x_ND --all-to-all, sort by expert--> x_RD   (R rows received)
     combine    y_RD --unsort, all-to-all--> y_ND --unsort, weigh, add up--> y_TD
 
-Nothing is padded and nothing is dropped. Nothing here has parameters; ``group`` is the only thing that knows of ranks.
+Nothing is padded; copies that do not travel (``Routing.sent_TK``) are left out. Nothing here has parameters; ``group``
+is the only thing that knows of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.router import Routing
+from moetrain.moe.routing import Routing
 from moetrain.parallel.collectives import all_to_all_rows
 
 
@@ -39,8 +40,8 @@ class Receipt:
 
     order_N: Tensor
     """int64, for each row sorted by expert, its copy: token * K + choice."""
-    position_N: Tensor
-    """int64, the inverse: where the copy is among the sorted rows."""
+    position_M: Tensor
+    """int64, for each of all M = T*K copies, where it is among the N sorted rows; N for a copy that stays behind."""
     weight_TK: Tensor
     """float32, routing weights."""
     exchange: Exchange | None
@@ -69,14 +70,12 @@ class Dispatcher:
         self.group = group
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        # stable: copies of one expert stay in token order, so that the result does not depend on the sort's whim
-        order_N = routing.expert_TK.flatten().argsort(stable=True)
-        position_N = _inverse(order_N)
-        x_ND = _SortCopies.apply(x_TD, order_N, position_N, routing.expert_TK.shape[1])
-        x_RD, count_e, exchange = x_ND, routing.count_E, None
+        order_N, position_M = _sort(routing)
+        x_ND = _SortCopies.apply(x_TD, order_N, position_M, routing.expert_TK.shape[1])
+        x_RD, count_e, exchange = x_ND, routing.sent_E, None
         if self.group is not None:
-            x_RD, count_e, exchange = self._exchange(x_ND, routing.count_E, self.group)
-        receipt = Receipt(order_N=order_N, position_N=position_N, weight_TK=routing.weight_TK, exchange=exchange)
+            x_RD, count_e, exchange = self._exchange(x_ND, routing.sent_E, self.group)
+        receipt = Receipt(order_N=order_N, position_M=position_M, weight_TK=routing.weight_TK, exchange=exchange)
         return Dispatched(x_RD=x_RD, count_e=count_e, receipt=receipt)
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
@@ -86,8 +85,8 @@ class Dispatcher:
             trip = receipt.exchange
             y_rank_major = _Reorder.apply(y_RD, trip.position_R, trip.order_R)
             y_ND = all_to_all_rows(y_rank_major, sent=trip.received, received=trip.sent, group=self.group)
-        y_ND = _Reorder.apply(y_ND, receipt.position_N, receipt.order_N)
-        y_TKD = y_ND.view(*receipt.weight_TK.shape, y_ND.shape[-1])
+        y_MD = _Reorder.apply(y_ND, receipt.position_M, receipt.order_N)
+        y_TKD = y_MD.view(*receipt.weight_TK.shape, y_MD.shape[-1])
         # a batched product adds up the K answers without a weighted copy of them all
         return torch.bmm(receipt.weight_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
@@ -110,8 +109,31 @@ class Dispatcher:
         return x_RD, received_Pe.sum(0), exchange
 
 
+def _sort(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Copies that travel, sorted by expert, and for every copy its place among them (see ``Receipt``)."""
+    # stable: copies of one expert stay in token order, so that the result does not depend on the sort's whim
+    expert_M = routing.expert_TK.flatten()
+    if routing.sent_TK is None:
+        order_N = expert_M.argsort(stable=True)
+        return order_N, _inverse(order_N)
+    num_experts = routing.sent_E.numel()
+    order_M = torch.where(routing.sent_TK.flatten(), expert_M, num_experts).argsort(stable=True)
+    # how many rows there are is data: here, and only here, the host waits for the device when nothing is exchanged
+    order_N = order_M[: int(routing.sent_E.sum())]
+    position_M = torch.full_like(order_M, order_N.numel())
+    position_M[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return order_N, position_M
+
+
 def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """Rows in another order; the row past the last, which a copy that stays behind points to, is zero."""
+    if order.numel() > x.shape[0]:
+        x = torch.cat([x, x.new_zeros(1, x.shape[-1])])
+    return x.index_select(0, order)
 
 
 class _SortCopies(torch.autograd.Function):
@@ -122,16 +144,16 @@ class _SortCopies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, position_N: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(position_N)
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, position_M: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(position_M)
         ctx.top_k = top_k
         return x_TD.index_select(0, order_N // top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (position_N,) = ctx.saved_tensors
-        grad_ND = grads[0].index_select(0, position_N)
-        return grad_ND.view(-1, ctx.top_k, grad_ND.shape[-1]).sum(1), None, None, None
+        (position_M,) = ctx.saved_tensors
+        grad_MD = _rows(grads[0], position_M)
+        return grad_MD.view(-1, ctx.top_k, grad_MD.shape[-1]).sum(1), None, None, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -140,7 +162,7 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+        return _rows(x, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -37,11 +37,16 @@ class Experts(nn.Module):
         w_in: [e, F, D], or [e, 2F, D] for a gated activation.
         w_out: [e, D, F].
         global_ids: which experts of the layer these are.
+        dropout: share of the hidden units left out in training (expert dropout: Fedus et al. 2021, arXiv:2101.03961,
+            section 3 and table 4).
     """
 
-    def __init__(self, d_model: int, *, d_expert: int, activation: str, global_ids: range) -> None:
+    def __init__(
+        self, d_model: int, *, d_expert: int, activation: str, global_ids: range, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         width = 2 * d_expert if activation in GATED else d_expert
+        self.dropout = dropout
         self.w_in = nn.Parameter(torch.empty(len(global_ids), width, d_model))
         self.w_out = nn.Parameter(torch.empty(len(global_ids), d_model, d_expert))
         self.activation = activation
@@ -50,7 +55,31 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, count_e: Tensor) -> Tensor:
         """Rows in, rows out: the first ``count_e[0]`` rows go through the first local expert, and so on."""
         h_RF = activate(grouped_linear(x_RD, self.w_in, count_e), activation=self.activation)
+        if self.dropout:
+            h_RF = F.dropout(h_RF, self.dropout, self.training)
         return grouped_linear(h_RF, self.w_out, count_e)
+
+
+class SharedExpert(nn.Module):
+    """Experts that every token visits beside the ones it is sent to (Dai et al. 2024, arXiv:2401.06066, section 3.2).
+
+    Several shared experts are one wide one: their answers are added up, and they have no router.
+
+    Args:
+        gate: a sigmoid of a learned score of the token scales the answer (as in Qwen-MoE).
+    """
+
+    def __init__(self, d_model: int, *, d_expert: int, activation: str, gate: bool) -> None:
+        super().__init__()
+        width = 2 * d_expert if activation in GATED else d_expert
+        self.w_in = nn.Linear(d_model, width, bias=False)
+        self.w_out = nn.Linear(d_expert, d_model, bias=False)
+        self.gate = nn.Linear(d_model, 1, bias=False) if gate else None
+        self.activation = activation
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.w_out(activate(self.w_in(x_TD), activation=self.activation))
+        return y_TD if self.gate is None else y_TD * self.gate(x_TD).sigmoid()
 
 
 def grouped_linear(x_RI: Tensor, weight_eOI: Tensor, count_e: Tensor) -> Tensor:

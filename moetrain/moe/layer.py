@@ -1,16 +1,34 @@
-"""The MoE layer: router -> dispatch -> experts -> combine, nothing else."""
+"""The MoE layer: router -> capacity -> dispatch -> experts -> combine, nothing else."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetrain.moe.balance import balance_loss, z_loss
+from moetrain.moe.balance import balance_loss, sequence_balance_loss, z_loss
 from moetrain.moe.dispatch import Dispatcher
-from moetrain.moe.experts import Experts
-from moetrain.moe.router import TopKRouter
+from moetrain.moe.experts import Experts, SharedExpert
+from moetrain.moe.routing import Choice, Routing, capacity_of, limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How many copies an expert takes; those beyond it are left behind.
+
+    Attributes:
+        factor: times T K / E, in training; None: no limit.
+        evaluation_factor: the same in evaluation.
+        least: copies an expert takes at least.
+        drop: which go first, ``position`` or ``probability`` (``routing.limit``).
+    """
+
+    factor: float | None = None
+    evaluation_factor: float | None = None
+    least: int = 1
+    drop: str = "position"
 
 
 @dataclass(frozen=True)
@@ -18,15 +36,15 @@ class Load:
     """What an operator wants to see of one layer, on the device, detached. Losses are unweighted."""
 
     count_E: Tensor
-    """int64, token copies this rank sent to each expert."""
+    """int64, token copies this rank's router sent to each expert, dropped ones included."""
     dropped: Tensor
     """int64 scalar, token copies that no expert took."""
     entropy: Tensor
-    """float32 scalar, summed over this rank's tokens, nats."""
+    """float32 scalar, summed over this rank's tokens, nats; NaN for a router without scores."""
     balance: Tensor
-    """float32 scalar."""
+    """float32 scalar; NaN for a router without scores."""
     z: Tensor
-    """float32 scalar."""
+    """float32 scalar; NaN for a router without scores."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +53,11 @@ class MoEOutput:
 
     hidden_TD: Tensor
     """Same shape as the input."""
-    balance_loss: Tensor
-    """Unweighted."""
-    z_loss: Tensor
-    """Unweighted."""
+    losses: dict[str, Tensor]
+    """Unweighted, by name: ``balance`` and ``z`` of every router with scores, and the router's own."""
     load: Load
+    choice: Choice
+    """What the router chose; the layer repeats it when it is handed back."""
 
 
 class MoELayer(nn.Module):
@@ -50,37 +68,79 @@ class MoELayer(nn.Module):
         experts: this rank's experts.
         dispatcher: brings tokens to the ranks of their experts.
         balance_group: ranks over which the balance loss counts tokens; None: this rank alone.
+        balance_by_sequence: the balance loss is taken of each sequence by itself.
+        capacity: room of the experts.
+        shared: visited by every token; None: there is none.
     """
 
     def __init__(
         self,
-        router: TopKRouter,
+        router: nn.Module,
         *,
         experts: Experts,
         dispatcher: Dispatcher,
         balance_group: dist.ProcessGroup | None,
+        balance_by_sequence: bool = False,
+        capacity: Capacity | None = None,
+        shared: SharedExpert | None = None,
     ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         self.dispatcher = dispatcher
         self.balance_group = balance_group
+        self.balance_by_sequence = balance_by_sequence
+        self.capacity = capacity or Capacity()
 
-    def forward(self, x: Tensor) -> MoEOutput:
+    def forward(self, x: Tensor, token_BS: Tensor | None = None, replay: Choice | None = None) -> MoEOutput:
+        """Args:
+        x: [..., S, D].
+        token_BS: ids of the tokens; the hash router needs them.
+        replay: a choice to repeat, for recomputation and debugging; None: the router chooses.
+        """
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD)
+        chosen: Routing = self.router(x_TD, None if token_BS is None else token_BS.flatten(), replay)
+        routing = self._limited(chosen)
         rows = self.dispatcher.dispatch(x_TD, routing)
         y_RD = self.experts(rows.x_RD, rows.count_e)
         y_TD = self.dispatcher.combine(y_RD, rows.receipt)
-        balance = balance_loss(routing.prob_TE, routing.count_E, group=self.balance_group)
-        z = z_loss(routing.logit_TE)
-        prob_TE = routing.prob_TE.detach()
-        load = Load(
-            count_E=routing.count_E,
-            dropped=routing.count_E.new_zeros(()),
-            # xlogy: an expert of probability 0 adds nothing, where 0 * log 0 would give NaN
-            entropy=-prob_TE.xlogy(prob_TE).sum(),
-            balance=balance.detach(),
-            z=z.detach(),
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        losses = routing.losses | self._losses(routing, length=x.shape[-2])
+        return MoEOutput(hidden_TD=y_TD.view_as(x), losses=losses, load=_load(routing, losses), choice=chosen.choice)
+
+    def _limited(self, routing: Routing) -> Routing:
+        factor = self.capacity.factor if self.training else self.capacity.evaluation_factor
+        if factor is None:
+            return routing
+        tokens, top_k = routing.expert_TK.shape
+        room = capacity_of(
+            tokens=tokens, top_k=top_k, num_experts=routing.count_E.numel(), factor=factor, least=self.capacity.least
         )
-        return MoEOutput(hidden_TD=y_TD.view_as(x), balance_loss=balance, z_loss=z, load=load)
+        return limit(routing, capacity=room, drop=self.capacity.drop)
+
+    def _losses(self, routing: Routing, *, length: int) -> dict[str, Tensor]:
+        if routing.prob_TE is None or routing.logit_TE is None:
+            return {}
+        if self.balance_by_sequence:
+            balance = sequence_balance_loss(routing.prob_TE, routing.expert_TK, length=length)
+        else:
+            balance = balance_loss(routing.prob_TE, routing.balance_E, group=self.balance_group)
+        return {"balance": balance, "z": z_loss(routing.logit_TE)}
+
+
+def _load(routing: Routing, losses: dict[str, Tensor]) -> Load:
+    unknown = torch.full((), float("nan"), device=routing.count_E.device)
+    entropy = unknown
+    if routing.prob_TE is not None:
+        prob_TE = routing.prob_TE.detach()
+        # xlogy: an expert of probability 0 adds nothing, where 0 * log 0 would give NaN
+        entropy = -prob_TE.xlogy(prob_TE).sum()
+    return Load(
+        count_E=routing.count_E,
+        dropped=routing.count_E.sum() - routing.sent_E.sum(),
+        entropy=entropy,
+        balance=losses.get("balance", unknown).detach(),
+        z=losses.get("z", unknown).detach(),
+    )

@@ -30,11 +30,13 @@ class ParameterCount:
     dense_ffn: int
     """Feed-forward nets of the dense blocks."""
     router: int
-    """Routers of the MoE blocks, D x E each."""
+    """Routers of the MoE blocks, D x E each, twice that with learned noise."""
     experts: int
     """All experts of the MoE blocks."""
     active_experts: int
     """The K of E experts that answer for one token, over all MoE blocks."""
+    shared_experts: int
+    """Experts that every token visits, with their gates, over all MoE blocks."""
     norm: int
     """Two norms in each block and one at the end."""
     output: int
@@ -43,7 +45,8 @@ class ParameterCount:
     @property
     def non_expert(self) -> int:
         """Parameters that every token meets: all but the experts."""
-        return self.embedding + self.positions + self.attention + self.dense_ffn + self.router + self.norm + self.output
+        blocks = self.attention + self.dense_ffn + self.router + self.shared_experts + self.norm
+        return self.embedding + self.positions + blocks + self.output
 
     @property
     def total(self) -> int:
@@ -72,11 +75,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     embedding = model.vocab_size * model.d_model
 
     sparse_blocks = _count_moe_blocks(model)
-    router, expert, chosen, num_experts = 0, 0, 0, 0
+    router, expert, shared, chosen, num_experts = 0, 0, 0, 0, 0
     if model.moe is not None:
-        router = model.d_model * model.moe.num_experts
+        router = _router_weights(model, moe=model.moe)
         expert = _expert_weights(model, moe=model.moe)
-        chosen, num_experts = model.moe.top_k, model.moe.num_experts
+        shared = _shared_weights(model, moe=model.moe)
+        chosen, num_experts = _chosen(model.moe), model.moe.num_experts
     return ParameterCount(
         embedding=embedding,
         positions=model.context * model.d_model if model.positions == "learned" else 0,
@@ -85,6 +89,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         router=sparse_blocks * router,
         experts=sparse_blocks * num_experts * expert,
         active_experts=sparse_blocks * chosen * expert,
+        shared_experts=sparse_blocks * shared,
         norm=(2 * model.num_layers + 1) * norm,
         output=0 if model.tie_embeddings else embedding,
     )
@@ -112,8 +117,9 @@ def flops_per_token(model: ModelConfig, *, sequence_length: int) -> int:
     dense_weights = _ffn_weights(model.d_model, model.d_ff, activation=model.activation)
     weights = model.num_layers * attention_weights + (model.num_layers - sparse_blocks) * dense_weights
     if model.moe is not None:
-        chosen = model.moe.top_k * _expert_weights(model, moe=model.moe)
-        weights += sparse_blocks * (model.d_model * model.moe.num_experts + chosen)
+        met = _router_weights(model, moe=model.moe) + _shared_weights(model, moe=model.moe)
+        met += _chosen(model.moe) * _expert_weights(model, moe=model.moe)
+        weights += sparse_blocks * met
     weights += model.d_model * model.vocab_size
     return 3 * (2 * weights + model.num_layers * attention_scores)
 
@@ -153,6 +159,21 @@ def _dense_ffn(model: ModelConfig) -> int:
 
 def _expert_weights(model: ModelConfig, *, moe: MoEConfig) -> int:
     return _ffn_weights(model.d_model, moe.d_expert or model.d_ff, activation=moe.activation or model.activation)
+
+
+def _router_weights(model: ModelConfig, *, moe: MoEConfig) -> int:
+    matrices = {"hash": 0, "balanced": 0, "noisy_top_k": 2}.get(moe.router, 1)
+    return matrices * model.d_model * moe.num_experts
+
+
+def _shared_weights(model: ModelConfig, *, moe: MoEConfig) -> int:
+    gate = model.d_model if moe.num_shared_experts and moe.shared_gate else 0
+    return moe.num_shared_experts * _expert_weights(model, moe=moe) + gate
+
+
+def _chosen(moe: MoEConfig) -> int:
+    """Experts that answer for a token; on average, for a router in which that differs from token to token."""
+    return moe.num_experts if moe.router == "dense" else moe.top_k
 
 
 def _count_moe_blocks(model: ModelConfig) -> int:

@@ -19,7 +19,7 @@ from moetrain.checkpoint.state import Fragment
 from moetrain.errors import TrainingError
 from moetrain.model.objective import Losses, Objective
 from moetrain.moe.experts import Experts
-from moetrain.moe.router import TopKRouter
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.groups import Groups
 
 BUCKET_ELEMENTS = 50_000_000
@@ -89,6 +89,7 @@ class Engine:
         self._groups, self._clip = groups, clip
         self._stage: int = config["zero_optimization"]["stage"]
         self.gpt = objective.gpt
+        self._counts: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
         adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
@@ -102,6 +103,9 @@ class Engine:
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses = self._engine(token_BS, target_BS)
+        if self.gpt.router_state():
+            counts = torch.stack([load.count_E for load in losses.load])
+            self._counts = counts if self._counts is None else self._counts + counts
         self._engine.backward(losses.total)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; the optimizer steps at the boundary alone
@@ -120,6 +124,10 @@ class Engine:
             group["lr"] = lr
         norm = self._clip_ourselves() if self._stage == 0 else None
         self._engine.step()
+        if self._counts is not None:
+            dist.all_reduce(self._counts, group=self._groups.world)
+            self.gpt.after_step(list(self._counts))
+            self._counts = None
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         if norm != norm or norm in (float("inf"), float("-inf")):
@@ -139,6 +147,9 @@ class Engine:
             for kind, tensor in (("fp32", flat.data), *((moment, state[moment]) for moment in MOMENTS)):
                 view = tensor.view(-1).narrow(0, start, numel)
                 yield Fragment(f"{name}/{kind}", view, base + offset, numel_here * ranks)
+
+        for name, state in self.gpt.router_state().items():
+            yield Fragment(f"{name}/fp32", state.view(-1), 0, state.numel())
 
     def loaded(self, *, step: int) -> None:
         """Take over what a load has put into the views of ``fragments``."""
@@ -204,8 +215,9 @@ def adopt_experts(gpt: nn.Module, *, expert_parallel: int) -> None:
                 groups._create_expert_and_data_parallel(expert_parallel)
 
     for module in gpt.modules():
-        if isinstance(module, TopKRouter):
-            module.weight.ds_zero_placement_family = "replicated"
+        if isinstance(module, MoELayer):
+            for parameter in module.router.parameters():
+                parameter.ds_zero_placement_family = "replicated"
         if type(module) is Experts:
             module.__class__ = AdoptedExperts
             module.num_experts = len(module.global_ids) * expert_parallel

@@ -24,7 +24,8 @@ from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint import store
 from moetrain.config.checks import in_steps, steps_in_run
 from moetrain.config.freeze import read_run, to_dict
-from moetrain.config.schema import RunConfig
+from moetrain.config.routers import resolve_router
+from moetrain.config.schema import MoEConfig, RunConfig
 from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.loader import Batches, held_out_batches
 from moetrain.errors import MoetrainError
@@ -32,7 +33,7 @@ from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.log import MetricsLog, open_wandb
 from moetrain.metrics.speed import Speed, peak_flops
-from moetrain.model.build import build_model, initialize
+from moetrain.model.build import build_model, expert_table, initialize
 from moetrain.model.objective import Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
@@ -100,7 +101,7 @@ def run_rank(run_dir: Path) -> bool:
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     prepared = open_prepared(Path(str(run.data.prepared)))
-    engine = _build_engine(run, groups=groups, sizes=sizes)
+    engine = _build_engine(run, groups=groups, sizes=sizes, prepared=prepared)
     parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
     state, resumed_from = _restore(parts)
 
@@ -170,16 +171,21 @@ def _train(
         bar.say(f"stopped on request at step {state.step:,}, and saved; the same command goes on from here")
 
 
-def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
+def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Prepared) -> Engine:
     moe, world_size = run.model.moe, groups.topology.world_size
     gpt = build_model(
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
         world=groups.world if world_size > 1 else None,
+        expert_V=expert_table(
+            run.model,
+            seed=run.seed,
+            frequency_V=torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
+        ),
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)
-    objective = Objective(gpt, balance_weight=moe.balance_weight if moe else 0.0, z_weight=moe.z_weight if moe else 0.0)
+    objective = Objective(gpt, loss_weights=_loss_weights(moe))
     config = deepspeed_config(
         micro_batch=sizes.micro_batch,
         accumulation=sizes.accumulation,
@@ -195,6 +201,18 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Engine:
         "weight_decay": run.optim.weight_decay,
     }
     return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
+
+
+def _loss_weights(moe: MoEConfig | None) -> dict[str, float]:
+    if moe is None:
+        return {}
+    settings = resolve_router(moe)
+    return {
+        "balance": settings.balance_weight or 0.0,
+        "z": settings.z_weight or 0.0,
+        "importance": settings.importance_weight or 0.0,
+        "load": settings.load_weight or 0.0,
+    }
 
 
 def _restore(parts: Parts) -> tuple[TrainState, str]:

@@ -211,7 +211,7 @@ SPREAD = replace(MIXTRAL, tie_embeddings=True, moe=MoEConfig(num_experts=4, top_
 
 
 def _losses_and_gradients(gpt: GPT, token_BS: Tensor) -> dict[str, Tensor]:
-    losses = Objective(gpt.double(), balance_weight=0.5, z_weight=0.25)(token_BS[:, :-1], token_BS[:, 1:])
+    losses = Objective(gpt.double(), loss_weights={"balance": 0.5, "z": 0.25})(token_BS[:, :-1], token_BS[:, 1:])
     losses.total.backward()
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
     return {"total": losses.total.detach(), "language": losses.language, **gradients}

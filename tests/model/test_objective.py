@@ -53,7 +53,7 @@ def plain_nll(gpt: GPT, token_BS: Tensor, target_BS: Tensor) -> list[float]:
 
 def test_total_is_the_language_loss_and_the_weighted_losses_of_every_layer() -> None:
     gpt, (token_BS, target_BS) = make_gpt(), batch()
-    losses = Objective(gpt, balance_weight=0.25, z_weight=0.125)(token_BS, target_BS)
+    losses = Objective(gpt, loss_weights={"balance": 0.25, "z": 0.125})(token_BS, target_BS)
     nll = plain_nll(gpt, token_BS, target_BS)
     assert len(nll) == 9
     layers = gpt(token_BS).moe
@@ -71,13 +71,13 @@ def test_a_target_that_is_not_counted_changes_nothing() -> None:
     gpt, (token_BS, target_BS) = make_gpt(), batch()
     one_BS = torch.full_like(target_BS, NOT_COUNTED)
     one_BS[1, 2] = target_BS[1, 2]
-    loss = Objective(gpt, balance_weight=0.0, z_weight=0.0)(token_BS, one_BS).language
+    loss = Objective(gpt, loss_weights={"balance": 0.0, "z": 0.0})(token_BS, one_BS).language
     assert loss.item() == pytest.approx(plain_nll(gpt, token_BS, one_BS)[0], rel=1e-5)
 
 
 def test_every_parameter_gets_a_gradient() -> None:
     """The router's losses alone reach the router of the last layer; nothing is left without a gradient."""
-    objective = Objective(make_gpt(), balance_weight=0.01, z_weight=0.001)
+    objective = Objective(make_gpt(), loss_weights={"balance": 0.01, "z": 0.001})
     objective(*batch()).total.backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None, name

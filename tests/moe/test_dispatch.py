@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts
-from moetrain.moe.router import Routing
+from moetrain.moe.routing import Routing
 
 EXPERTS_OF_TOKENS = {
     "top-1": [[1], [0], [2], [1], [1]],

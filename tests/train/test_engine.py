@@ -36,7 +36,7 @@ def plain_loop(*, accumulation: int, clip: float = CLIP, steps: int = STEPS) -> 
     """One process, torch alone: AdamW, clip_grad_norm_, the mean over micro-batches."""
     gpt = build_model(MODEL)
     initialize(gpt, init_std=0.1, seed=1)
-    objective = Objective(gpt, balance_weight=0.02, z_weight=0.002)
+    objective = Objective(gpt, loss_weights={"balance": 0.02, "z": 0.002})
     decayed = [p for p in gpt.parameters() if p.dim() > 1]
     others = [p for p in gpt.parameters() if p.dim() == 1]
     adamw = torch.optim.AdamW(
@@ -80,7 +80,7 @@ def make_engine(rank: int, layout: Layout):
     config = deepspeed_config(micro_batch=ROWS // world_size // layout.accumulation, accumulation=layout.accumulation,
                               world_size=world_size, zero_stage=layout.stage, dtype=layout.dtype,
                               clip=layout.clip)  # fmt: skip
-    objective = Objective(gpt, balance_weight=0.02, z_weight=0.002)
+    objective = Objective(gpt, loss_weights={"balance": 0.02, "z": 0.002})
     return Engine(objective, groups=groups, config=config, optimizer=OPTIMIZER, clip=layout.clip), groups
 
 
