@@ -212,7 +212,8 @@ class TestConfig:
             | {
                 "num_layers": "model/tiny.yaml",
                 "num_experts": "model/moe/top2_8e.yaml",
-                "z_weight": "default",
+                "z_weight": "worked out",
+                "drop": "default",
                 "processes": "experiment/expert_parallel_4.yaml",
                 "kind": "launch/local.yaml",
                 "lr": "command line",

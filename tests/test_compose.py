@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moetrain.compose import COMMAND_LINE, compose, config_directory, presets
 from moetrain.config.checks import check, resolve
 from moetrain.config.freeze import flatten, freeze, setting_names, to_dict
+from moetrain.config.routers import resolve_router
 from moetrain.config.schema import MoEConfig, RunConfig
 from moetrain.errors import ConfigError
 
@@ -60,7 +61,7 @@ class TestPresets:
         else:
             assert run.model.moe is not None
             told = PRESET_FILES[model].get("moe", {})
-            changed = {"num_experts": 8, "top_k": 2, "d_expert": None} if moe == "top2_8e" else {}
+            changed = {"router": "top_k", "num_experts": 8, "top_k": 2, "d_expert": None} if moe == "top2_8e" else {}
             expected = told | changed
             assert {name: getattr(run.model.moe, name) for name in expected} == expected
 
@@ -154,7 +155,7 @@ class TestOwnPresets:
         directory = own("model/mine", self.MINE)
         run = usable("model=mine", "model.num_layers=2", config_dir=directory)
         assert (run.model.d_model, run.model.num_layers) == (96, 2)
-        assert run.model.moe == MoEConfig(num_experts=6)
+        assert run.model.moe == resolve_router(MoEConfig(num_experts=6))
         composed = compose(["model=mine"], config_dir=directory)
         assert composed.sources["model.moe.num_experts"] == "model/mine.yaml"
         assert composed.choices["model"] == "mine"

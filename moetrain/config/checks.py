@@ -176,6 +176,18 @@ def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
             "model.moe.renormalize is true, but must be false for model.moe.top_k=1: the one weight would always be 1, "
             "and the router would learn nothing from the loss"
         )
+    if moe.capacity_factor is None and moe.evaluation_capacity_factor is None:
+        for name, value, default in (("min_capacity", moe.min_capacity, 1), ("drop", moe.drop, "position")):
+            if value != default:
+                yield (
+                    f"model.moe.{name} is {value}, but nothing is dropped without a capacity: leave it at {default}, "
+                    "or set model.moe.capacity_factor or model.moe.evaluation_capacity_factor"
+                )
+    if moe.shared_gate and not moe.num_shared_experts:
+        yield (
+            "model.moe.shared_gate is true, but model.moe.num_shared_experts is 0: set it to false, or use shared "
+            "experts"
+        )
     if moe.every > num_layers:
         yield (
             f"model.moe.every is {moe.every}, but must be at most model.num_layers, {num_layers}: no block would be "

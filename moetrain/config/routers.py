@@ -29,6 +29,10 @@ NOT_CAUSAL = ("expert_choice", "sinkhorn")
 """Routers that look at later tokens in training."""
 NO_CAPACITY = ("expert_choice", "dense", "balanced")
 """Routers whose load leaves nothing to limit."""
+NO_SCORES = ("hash", "balanced")
+"""Routers that learn nothing, and so have no loss."""
+WEIGHS_AGAINST_EACH_OTHER = ("noisy_top_k", "sigmoid_bias")
+"""Routers whose weights always sum to the same: the one weight of a top-1 layer would carry no gradient."""
 BALANCE_WEIGHT = {"top_k": 0.01, "switch": 0.01, "gshard": 0.01}
 """Default weight of the balance loss; 0 for the rest."""
 Z_WEIGHT = {"top_k": 0.001}
@@ -59,6 +63,16 @@ def broken_rules(moe: MoEConfig) -> Iterator[str]:
     fixed = TOP_K.get(moe.router)
     if fixed is not None and moe.top_k != fixed:
         yield f"model.moe.top_k is {moe.top_k}, but must be {fixed} for model.moe.router={moe.router}"
+    if moe.router == "dense" and moe.top_k != moe.num_experts:
+        yield (
+            f"model.moe.top_k is {moe.top_k}, but must be model.moe.num_experts, {moe.num_experts}, for "
+            "model.moe.router=dense: every expert answers for every token"
+        )
+    if moe.router in WEIGHS_AGAINST_EACH_OTHER and moe.top_k == 1 and moe.num_experts > 1:
+        yield (
+            f"model.moe.top_k is 1, but must be at least 2 for model.moe.router={moe.router}: the one weight would "
+            "always be the same, and the router would learn nothing from the language loss"
+        )
     if moe.router in NOT_CAUSAL and not moe.allow_noncausal:
         yield (
             f"model.moe.router is {moe.router}, which sees later tokens in training, so that a decoder learns to look "
@@ -68,7 +82,22 @@ def broken_rules(moe: MoEConfig) -> Iterator[str]:
         for name in ("capacity_factor", "evaluation_capacity_factor"):
             if getattr(moe, name) is not None:
                 yield f"model.moe.{name} is set, but model.moe.router={moe.router} fills every expert alike: set null"
-    yield from _groups(moe)
+    yield from _losses(moe)
+    if "num_groups" in own:
+        yield from _groups(moe)
+
+
+def _losses(moe: MoEConfig) -> Iterator[str]:
+    if moe.balance_weight and moe.router in (*NO_CAPACITY, *NO_SCORES):
+        yield (
+            f"model.moe.balance_weight is {moe.balance_weight}, but must be 0 for model.moe.router={moe.router}, whose "
+            "load no loss can change"
+        )
+    if moe.z_weight and moe.router in NO_SCORES:
+        yield (
+            f"model.moe.z_weight is {moe.z_weight}, but must be 0 for model.moe.router={moe.router}, which has no "
+            "scores"
+        )
 
 
 def _groups(moe: MoEConfig) -> Iterator[str]:

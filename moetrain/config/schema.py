@@ -63,8 +63,8 @@ class MoEConfig:
     z_weight: float | None = None
     """Weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5). null: 0.001 for top_k, else 0."""
     capacity_factor: float | None = None
-    """An expert takes at most this times T K / E copies of a micro-batch of T tokens; the rest is dropped. null: no
-    limit, nothing is dropped."""
+    """An expert takes at most this times T K / E copies of a micro-batch of T tokens; the rest is dropped. Who is
+    dropped depends on later tokens too, save with top_k=1 and drop=position. null: no limit, nothing is dropped."""
     evaluation_capacity_factor: float | None = None
     """The same in evaluation. null: no limit."""
     min_capacity: int = 1

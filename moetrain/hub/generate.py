@@ -28,9 +28,12 @@ def load_model(run_dir: Path, *, warn: Callable[[str], None]) -> tuple[RunConfig
     newest = newest_whole(run_dir / "checkpoints", warn=warn)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
-    train = open_prepared(Path(str(run.data.prepared))).train
-    frequency_V = torch.from_numpy(train.frequencies(run.model.vocab_size))
-    gpt = build_model(run.model, expert_V=expert_table(run.model, seed=run.seed, frequency_V=frequency_V))
+
+    def frequency() -> torch.Tensor:
+        train = open_prepared(Path(str(run.data.prepared))).train
+        return torch.from_numpy(train.frequencies(run.model.vocab_size))
+
+    gpt = build_model(run.model, expert_V=expert_table(run.model, seed=run.seed, frequency=frequency))
     fragments = [
         Fragment(f"{name}/fp32", tensor.detach().view(-1), 0, tensor.numel())
         for name, tensor in (*gpt.named_parameters(), *gpt.router_state().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -65,11 +66,11 @@ def build_model(
     )
 
 
-def expert_table(model: ModelConfig, *, seed: int, frequency_V: Tensor) -> Tensor | None:
+def expert_table(model: ModelConfig, *, seed: int, frequency: Callable[[], Tensor]) -> Tensor | None:
     """The table of the hash router, [V] int64; None for a model that has none.
 
     Args:
-        frequency_V: how often each token id occurs in the training text.
+        frequency: tells how often each token id occurs in the training text, [V]; called for a balanced table alone.
     """
     moe = model.moe
     if moe is None or moe.router != "hash":
@@ -78,7 +79,7 @@ def expert_table(model: ModelConfig, *, seed: int, frequency_V: Tensor) -> Tenso
         vocab_size=model.vocab_size,
         num_experts=moe.num_experts,
         seed=derive_seed(seed, "hash table"),
-        frequency_V=frequency_V if resolve_router(moe).hash_table == "balanced" else None,
+        frequency_V=frequency() if resolve_router(moe).hash_table == "balanced" else None,
     )
 
 

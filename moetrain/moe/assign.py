@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -143,7 +145,7 @@ def sinkhorn(logit_TE: Tensor, *, iterations: int) -> Tensor:
     tokens, experts = logit_TE.shape
     log_TE = logit_TE
     for _ in range(iterations):
-        log_TE = log_TE - log_TE.logsumexp(0, keepdim=True) + torch.tensor(tokens / experts).log()
+        log_TE = log_TE - log_TE.logsumexp(0, keepdim=True) + math.log(tokens / experts)
         log_TE = log_TE - log_TE.logsumexp(1, keepdim=True)
     return log_TE.exp()
 

@@ -20,24 +20,28 @@ def balance_loss(prob_TE: Tensor, count_E: Tensor, *, group: dist.ProcessGroup |
             how the tokens are spread over them, as long as each has as many (Qiu et al. 2025, arXiv:2501.11873). Each
             call is then a collective. None: this rank's tokens alone.
     """
-    count_E = count_E.float()
+    count_E = count_E.to(prob_TE.dtype)
     if group is not None:
         dist.all_reduce(count_E, group=group)
     share_E = count_E / count_E.sum()
     return prob_TE.shape[-1] * torch.dot(share_E, prob_TE.mean(0))
 
 
-def sequence_balance_loss(prob_TE: Tensor, expert_TK: Tensor, *, length: int) -> Tensor:
+def sequence_balance_loss(prob_TE: Tensor, expert_TK: Tensor, *, length: int, where_TK: Tensor | None = None) -> Tensor:
     """The balance loss of each sequence by itself, averaged (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
 
     It does not depend on how sequences are spread over ranks and micro-batches.
 
     Args:
         length: tokens of a sequence; T is a multiple of it.
+        where_TK: bool, which choices count; None: all of them.
     """
     experts = prob_TE.shape[-1]
-    ones_SE = torch.zeros_like(prob_TE).scatter_add_(1, expert_TK, torch.ones_like(expert_TK, dtype=prob_TE.dtype))
-    share_BE = ones_SE.view(-1, length, experts).sum(1) / (length * expert_TK.shape[1])
+    ones_TK = torch.ones_like(expert_TK) if where_TK is None else where_TK
+    sent_TE = torch.zeros_like(prob_TE).scatter_add(1, expert_TK, ones_TK.to(prob_TE.dtype))
+    sent_BE = sent_TE.view(-1, length, experts).sum(1)
+    # the floor is for a sequence that no expert of an expert-choice router has chosen
+    share_BE = sent_BE / sent_BE.sum(-1, keepdim=True).clamp(min=1)
     mean_BE = prob_TE.view(-1, length, experts).mean(1)
     return experts * (share_BE * mean_BE).sum(-1).mean()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moetrain.moe.balance import balance_loss, sequence_balance_loss, z_loss
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts, SharedExpert
-from moetrain.moe.routing import Choice, Routing, capacity_of, limit
+from moetrain.moe.routing import Choice, Routing, capacity_of, count, limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,14 @@ class MoELayer(nn.Module):
         if routing.prob_TE is None or routing.logit_TE is None:
             return {}
         if self.balance_by_sequence:
-            balance = sequence_balance_loss(routing.prob_TE, routing.expert_TK, length=length)
+            balance = sequence_balance_loss(
+                routing.prob_TE, routing.expert_TK, length=length, where_TK=routing.balance_TK
+            )
         else:
-            balance = balance_loss(routing.prob_TE, routing.balance_E, group=self.balance_group)
+            count_E = routing.count_E
+            if routing.balance_TK is not None:
+                count_E = count(routing.expert_TK, num_experts=count_E.numel(), where_TK=routing.balance_TK)
+            balance = balance_loss(routing.prob_TE, count_E, group=self.balance_group)
         return {"balance": balance, "z": z_loss(routing.logit_TE)}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe.routing import Choice, Routing, count, make_routing
+from moetrain.moe.routing import Choice, Routing, make_routing
 
 
 class TopKRouter(nn.Module):
@@ -94,7 +94,7 @@ class GShardRouter(nn.Module):
             logit_TE=logit_TE,
             prob_TE=prob_TE,
             sent_TK=sent_TK,
-            balance_E=count(expert_TK[:, :1], num_experts=logit_TE.shape[-1]),
+            balance_TK=torch.tensor([True, False], device=x_TD.device).expand_as(expert_TK),
         )
 
 
@@ -193,13 +193,14 @@ class SigmoidBiasRouter(nn.Module):
 
 
 def scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """x W^T in float32.
+    """x W^T in float32, or in float64 for a float64 input.
 
     Also in a bf16 run: near-ties in bf16 flip the chosen expert from step to step, and the balance loss then chases
     noise.
     """
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
     with torch.autocast(device_type=x_TD.device.type, enabled=False):
-        return F.linear(x_TD.float(), weight_ED.float())
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 def best_groups(score_TE: Tensor, *, num_groups: int, top_groups: int) -> Tensor:

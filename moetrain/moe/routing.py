@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class Routing:
     """float32, raw scores; None for a router that has none."""
     prob_TE: Tensor | None
     """float32, probabilities of the experts; None for a router that has none."""
-    balance_E: Tensor
-    """int64, copies that the balance loss counts."""
+    balance_TK: Tensor | None = None
+    """bool, which choices the balance loss counts; None: all of them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """The router's own losses by name, unweighted."""
 
@@ -63,7 +64,7 @@ def make_routing(
     prob_TE: Tensor | None = None,
     sent_TK: Tensor | None = None,
     chosen_TK: Tensor | None = None,
-    balance_E: Tensor | None = None,
+    balance_TK: Tensor | None = None,
     losses: dict[str, Tensor] | None = None,
 ) -> Routing:
     """A Routing with its counts.
@@ -71,7 +72,7 @@ def make_routing(
     Args:
         chosen_TK: bool, which slots hold a choice at all; None: all of them.
         sent_TK: bool, which of these travel; None: as many as are chosen.
-        balance_E: what the balance loss counts; None: the choices.
+        balance_TK: bool, which choices the balance loss counts; None: all.
     """
     count_E = count(expert_TK, num_experts=num_experts, where_TK=chosen_TK)
     if sent_TK is None:
@@ -86,7 +87,7 @@ def make_routing(
         sent_E=sent_E,
         logit_TE=logit_TE,
         prob_TE=prob_TE,
-        balance_E=count_E if balance_E is None else balance_E,
+        balance_TK=chosen_TK if balance_TK is None else balance_TK,
         losses=losses or {},
     )
 
@@ -101,7 +102,8 @@ def count(expert_TK: Tensor, *, num_experts: int, where_TK: Tensor | None = None
 
 def capacity_of(*, tokens: int, top_k: int, num_experts: int, factor: float, least: int) -> int:
     """Copies one expert takes: ceil(T K / E * factor), at least ``least`` (Lepikhin et al. 2020, arXiv:2006.16668)."""
-    return max(least, math.ceil(tokens * top_k / num_experts * factor))
+    # the factor as it is written: in binary, 10 * 1.1 is a little above 11, and would be rounded up to 12
+    return max(least, math.ceil(tokens * top_k * Fraction(str(factor)) / num_experts))
 
 
 def limit(routing: Routing, *, capacity: int, drop: str) -> Routing:

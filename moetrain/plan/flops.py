@@ -2,7 +2,8 @@
 
 Letters (one legend for the file):
     D d_model    V vocab_size    S sequence length    H query heads    G key/value heads    d width of one head
-    F hidden width of a feed-forward net, dense or one expert    E experts in a block    K experts per token
+    F hidden width of a feed-forward net, dense or one expert    E experts in a block
+    K experts per token, on average for a router in which that differs from token to token
 
 The model is taken as ``config.checks`` lets it pass; nothing here checks it again.
 """
@@ -80,7 +81,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         router = _router_weights(model, moe=model.moe)
         expert = _expert_weights(model, moe=model.moe)
         shared = _shared_weights(model, moe=model.moe)
-        chosen, num_experts = _chosen(model.moe), model.moe.num_experts
+        chosen, num_experts = model.moe.top_k, model.moe.num_experts
     return ParameterCount(
         embedding=embedding,
         positions=model.context * model.d_model if model.positions == "learned" else 0,
@@ -118,7 +119,7 @@ def flops_per_token(model: ModelConfig, *, sequence_length: int) -> int:
     weights = model.num_layers * attention_weights + (model.num_layers - sparse_blocks) * dense_weights
     if model.moe is not None:
         met = _router_weights(model, moe=model.moe) + _shared_weights(model, moe=model.moe)
-        met += _chosen(model.moe) * _expert_weights(model, moe=model.moe)
+        met += model.moe.top_k * _expert_weights(model, moe=model.moe)
         weights += sparse_blocks * met
     weights += model.d_model * model.vocab_size
     return 3 * (2 * weights + model.num_layers * attention_scores)
@@ -169,11 +170,6 @@ def _router_weights(model: ModelConfig, *, moe: MoEConfig) -> int:
 def _shared_weights(model: ModelConfig, *, moe: MoEConfig) -> int:
     gate = model.d_model if moe.num_shared_experts and moe.shared_gate else 0
     return moe.num_shared_experts * _expert_weights(model, moe=moe) + gate
-
-
-def _chosen(moe: MoEConfig) -> int:
-    """Experts that answer for a token; on average, for a router in which that differs from token to token."""
-    return moe.num_experts if moe.router == "dense" else moe.top_k
 
 
 def _count_moe_blocks(model: ModelConfig) -> int:

@@ -181,7 +181,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         expert_V=expert_table(
             run.model,
             seed=run.seed,
-            frequency_V=torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
+            frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
         ),
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)

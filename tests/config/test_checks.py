@@ -8,10 +8,25 @@ import pytest
 
 from moetrain.config.checks import CHOICES, NOT_NEGATIVE, POSITIVE, check, in_steps, resolve, steps_in_run
 from moetrain.config.freeze import flatten, freeze, setting_names, to_dict
+from moetrain.config.routers import NOT_CAUSAL, ROUTERS, TOP_K
 from moetrain.config.schema import RunConfig, ScheduleConfig
 from moetrain.errors import ConfigError
 
 DENSE = {"model.moe": None}
+
+
+def fitting(router: str) -> dict[str, Any]:
+    """What a router asks for, whatever its own settings."""
+    top_k = {"dense": 8}.get(router, TOP_K.get(router, 2))
+    return {"model.moe.router": router, "model.moe.top_k": top_k, "model.moe.allow_noncausal": router in NOT_CAUSAL}
+
+
+def home(name: str) -> dict[str, Any]:
+    """Settings with which a setting may be set."""
+    if name == "model.moe.drop":
+        return {"model.moe.capacity_factor": 1.0}
+    routers = [router for router, own in ROUTERS.items() if name.removeprefix("model.moe.") in own]
+    return fitting(routers[0]) if routers else {}
 
 
 def resolved(settings: dict[str, Any], *, default_processes: int = 2) -> RunConfig:
@@ -214,7 +229,7 @@ def test_a_choice_is_one_of_those_there_are(name):
     (problem,) = problems({name: wrong})
     assert problem == f"{name} is {wrong!r}, but must be one of {', '.join(map(str, CHOICES[name]))}"
     for value in CHOICES[name]:
-        check_settings({name: value})
+        check_settings((fitting(value) if name == "model.moe.router" else home(name)) | {name: value})
 
 
 @pytest.mark.parametrize("name", POSITIVE)
@@ -228,7 +243,7 @@ def test_a_size_is_above_0(name, value):
 def test_what_may_be_0_is_not_negative(name):
     assert problems({name: -1})[0].endswith("but must be at least 0")
     free = {"schedule.warmup_steps": None} if name == "schedule.warmup_tokens" else {}
-    check_settings(free | {name: 0})
+    check_settings(home(name) | free | {name: 0})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -249,8 +264,10 @@ def test_the_rules_name_settings_that_are(names):
 
 def test_every_number_has_a_rule():
     """A new setting is not forgotten here."""
-    in_a_range = {"optim.beta1", "optim.beta2", "data.held_out", "schedule.min_lr_ratio", "parallel.zero_stage"}
-    numbers = {name for name, value in flatten(to_dict(RunConfig())).items() if type(value) in (int, float)}
+    in_a_range = {"optim.beta1", "optim.beta2", "data.held_out", "schedule.min_lr_ratio", "parallel.zero_stage",
+                  "model.moe.dropout", "model.moe.jitter"}  # fmt: skip
+    settings = [RunConfig(), *(resolved(fitting(router)) for router in ROUTERS)]
+    numbers = {name for run in settings for name, value in flatten(to_dict(run)).items() if type(value) in (int, float)}
     assert numbers <= set(POSITIVE) | set(NOT_NEGATIVE) | in_a_range
 
 

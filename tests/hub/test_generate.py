@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,17 +201,24 @@ def alone(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-def test_a_checkpoint_gives_back_the_model_that_was_saved(gpt, tmp_path, alone):
-    run = freeze({"name": "a", "model": to_dict(freeze({}))["model"] | vars(MODEL) | {"moe": vars(MODEL.moe)}})
+@pytest.mark.parametrize("router", ["top_k", "sigmoid_bias"])
+def test_a_checkpoint_gives_back_the_model_that_was_saved(router, tmp_path, alone):
+    model = replace(MODEL, moe=replace(MODEL.moe, router=router))
+    gpt = build_model(model)
+    initialize(gpt, init_std=MODEL.init_std, seed=1)
+    for bias_E in gpt.router_state().values():
+        bias_E += torch.tensor([0.5, -0.25, 0.125])
+    run = freeze({"name": "a", "model": to_dict(freeze({}))["model"] | vars(model) | {"moe": vars(model.moe)}})
     write_run(run, tmp_path)
-    saved = dict(gpt.named_parameters())
+    saved = dict(gpt.named_parameters()) | gpt.router_state()
+    assert len(gpt.router_state()) == (2 if router == "sigmoid_bias" else 0)
     fragments = [state.Fragment(f"{n}/fp32", p.detach().view(-1), 0, p.numel()) for n, p in saved.items()]
     manifest = store.Manifest(step=3, tokens=0, seed=0, world_size=1, expert_parallel=1, run={}, files=[])
     state.save(tmp_path / "checkpoints", fragments, manifest=manifest, group=alone)
     found, loaded = load_model(tmp_path, warn=pytest.fail)
     assert found == run
     assert not loaded.training
-    parameters = dict(loaded.named_parameters())
+    parameters = dict(loaded.named_parameters()) | loaded.router_state()
     assert parameters.keys() == saved.keys()
     assert all(torch.equal(parameters[name], saved[name]) for name in saved)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ import yaml
 from torch import Tensor
 
 from moetrain.config.freeze import freeze
+from moetrain.config.routers import ROUTERS, TOP_K
 from moetrain.config.schema import ModelConfig, MoEConfig
-from moetrain.model.build import build_model, initialize
+from moetrain.model.build import build_model, expert_table, initialize
 from moetrain.model.ffn import FeedForward
 from moetrain.model.gpt import GPT
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.assign import BalancedRouter, DenseRouter, ExpertChoiceRouter, HashRouter, SinkhornRouter
+from moetrain.moe.layer import Capacity, MoELayer
+from moetrain.moe.router import GShardRouter, NoisyTopKRouter, SigmoidBiasRouter, TopKRouter
 from moetrain.plan.flops import count_parameters
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -35,6 +39,12 @@ SMALL = ModelConfig(
     moe=MoEConfig(num_experts=4, d_expert=24, every=1),
 )
 DENSE = replace(SMALL, norm="layernorm", positions="learned", activation="gelu", bias=True, moe=None)
+ROUTER_CLASSES = {
+    "top_k": TopKRouter, "switch": TopKRouter, "gshard": GShardRouter, "noisy_top_k": NoisyTopKRouter,
+    "expert_choice": ExpertChoiceRouter, "sinkhorn": SinkhornRouter, "hash": HashRouter,
+    "sigmoid_bias": SigmoidBiasRouter, "dense": DenseRouter, "balanced": BalancedRouter,
+}  # fmt: skip
+TABLE = torch.zeros(70, dtype=torch.int64)
 VARIANTS = {
     "sparse": SMALL,
     "dense with biases": DENSE,
@@ -42,6 +52,7 @@ VARIANTS = {
     "layernorm without biases": replace(SMALL, norm="layernorm", tie_embeddings=True),
     "sparse with biases": replace(DENSE, moe=MoEConfig(num_experts=3, every=2)),
     "wide heads": replace(SMALL, num_kv_heads=None, d_head=20),
+    "shared experts": replace(SMALL, moe=MoEConfig(num_experts=4, d_expert=24, num_shared_experts=2, shared_gate=True)),
 }
 
 
@@ -57,7 +68,7 @@ def load_preset(path: Path) -> ModelConfig:
 
 def assert_counts_agree(model: ModelConfig) -> None:
     with torch.device("meta"):
-        gpt = build_model(model)
+        gpt = build_model(model, expert_V=TABLE)
     planned = count_parameters(model)
     assert sum(each.numel() for each in gpt.parameters()) == planned.total
     experts = sum(each.numel() for name, each in gpt.named_parameters() if ".experts." in name)
@@ -72,6 +83,91 @@ def test_each_preset_builds_to_the_planned_number_of_parameters(path: Path) -> N
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_kind_of_model_builds_to_the_planned_number_of_parameters(name: str) -> None:
     assert_counts_agree(VARIANTS[name])
+
+
+def with_router(router: str, **settings: Any) -> ModelConfig:
+    return replace(
+        SMALL, moe=MoEConfig(num_experts=4, top_k=TOP_K.get(router, 2), d_expert=24, router=router, **settings)
+    )
+
+
+@pytest.mark.parametrize("shared", [{}, {"num_shared_experts": 2}, {"num_shared_experts": 2, "shared_gate": True}],
+                         ids=["no shared experts", "two", "two with a gate"])  # fmt: skip
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_router_is_built_and_counted(router: str, shared: dict[str, Any]) -> None:
+    model = with_router(router, **shared)
+    assert_counts_agree(model)
+    layer = build_model(model, expert_V=TABLE).blocks[0].feed_forward
+    assert type(layer.router) is ROUTER_CLASSES[router]
+    assert (layer.shared is None) == (not shared)
+    counted = count_parameters(model)
+    assert counted.router == 3 * sum(each.numel() for each in layer.router.parameters())
+    assert counted.shared_experts == (3 * sum(each.numel() for each in layer.shared.parameters()) if shared else 0)
+
+
+def test_each_router_gets_its_settings() -> None:
+    def router(name: str, **settings: Any) -> Any:
+        return build_model(with_router(name, **settings), expert_V=TABLE).blocks[0].feed_forward.router
+
+    top_k = router("top_k", jitter=0.25, num_groups=2, top_groups=1)
+    assert (top_k.top_k, top_k.renormalize, top_k.jitter, top_k.num_groups, top_k.top_groups) == (2, True, 0.25, 2, 1)
+    assert router("top_k", renormalize=False).renormalize is False
+    assert router("top_k").jitter == 0
+    switch = router("switch")
+    assert (switch.top_k, switch.renormalize, switch.jitter) == (1, False, 0.01)
+    assert router("switch", jitter=0.0).jitter == 0
+    sinkhorn = router("sinkhorn", gate="softmax")
+    assert (sinkhorn.iterations, sinkhorn.gate, router("sinkhorn", sinkhorn_iterations=3).iterations) == (
+        8,
+        "softmax",
+        3,
+    )
+    loss_free = router("sigmoid_bias", weight_scale=2.5, num_groups=2, top_groups=1)
+    assert (loss_free.update_rate, loss_free.scale, loss_free.num_groups, loss_free.top_groups) == (0.001, 2.5, 2, 1)
+    assert router("dense").pooling == "soft"
+    assert router("dense", pooling="winner").pooling == "winner"
+    assert router("hash").expert_V is TABLE
+
+
+def test_the_layer_gets_its_settings() -> None:
+    layer = build_model(
+        with_router("top_k", capacity_factor=1.5, evaluation_capacity_factor=2.0, min_capacity=3, drop="probability",
+                    dropout=0.25, balance_scope="sequence")
+    ).blocks[0].feed_forward  # fmt: skip
+    assert layer.capacity == Capacity(factor=1.5, evaluation_factor=2.0, least=3, drop="probability")
+    assert layer.experts.dropout == 0.25
+    assert layer.balance_by_sequence
+    assert not build_model(with_router("top_k")).blocks[0].feed_forward.balance_by_sequence
+
+
+def test_the_hash_table_is_that_of_the_run() -> None:
+    frequency_V = torch.tensor([100.0] + [1.0] * 69)
+    balanced, random = (
+        expert_table(with_router("hash", hash_table=kind), seed=1, frequency=frequency)
+        for kind, frequency in ((None, lambda: frequency_V), ("random", pytest.fail))
+    )
+    assert balanced is not None
+    assert random is not None
+    # 169 copies over four experts: the commonest id fills one by itself
+    assert sorted(torch.bincount(balanced).tolist()) == [1, 23, 23, 23]
+    assert sorted(torch.bincount(random).tolist()) == [17, 17, 18, 18]
+    assert expert_table(SMALL, seed=1, frequency=pytest.fail) is None
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_router_trains_in_a_model_and_repeats_its_choices(router: str) -> None:
+    """A pass forward and backward leaves finite gradients; handed its choices, the model gives the same scores."""
+    model = with_router(router, num_shared_experts=1, shared_gate=True)
+    gpt = build_model(model, expert_V=torch.arange(70) % 4)
+    initialize(gpt, init_std=0.3, seed=1)
+    token_BS = torch.randint(70, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    first = gpt(token_BS)
+    (first.logit_BSV.logsumexp(-1).mean() + sum(sum(layer.losses.values()) for layer in first.moe)).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in gpt.parameters())
+    torch.manual_seed(0)
+    again = gpt(token_BS, [layer.choice for layer in first.moe])
+    assert torch.equal(again.logit_BSV, first.logit_BSV)
 
 
 @pytest.mark.parametrize(("every", "sparse"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (4, [3])])
@@ -118,9 +214,9 @@ def test_no_two_weights_start_alike(name: str) -> None:
     rows = []
     for weight_name, weight in weights(VARIANTS[name]).items():
         if ".experts." in weight_name:
-            rows += [each.flatten()[:64] for each in weight]
+            rows += [each.flatten()[:32] for each in weight]
         elif weight.dim() > 1:
-            rows.append(weight.flatten()[:64])
+            rows.append(weight.flatten()[:32])
     for first, second in combinations(rows, 2):
         assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.7
 
@@ -129,7 +225,8 @@ def test_no_two_weights_start_alike(name: str) -> None:
 def test_first_weights_have_the_spread_of_gpt2(name: str) -> None:
     """Normal with init_std; into the residual stream by sqrt(2 num_layers) less; norms 1, biases 0."""
     model = VARIANTS[name]
-    into_residual = ("attention.out.weight", "feed_forward.w_out.weight", "feed_forward.experts.w_out")
+    into_residual = ("attention.out.weight", "feed_forward.w_out.weight", "feed_forward.experts.w_out",
+                     "feed_forward.shared.w_out.weight")  # fmt: skip
     for weight_name, weight in weights(model).items():
         if weight_name.endswith("bias"):
             assert (weight == 0).all(), weight_name
@@ -147,6 +244,14 @@ def test_first_weights_have_the_spread_of_gpt2(name: str) -> None:
 def test_every_weight_is_given_a_value() -> None:
     for name in VARIANTS:
         assert all(weight.isfinite().all() for weight in weights(VARIANTS[name]).values()), name
+
+
+def test_noise_and_scores_of_noisy_top_k_start_at_zero() -> None:
+    """Shazeer et al. 2017, appendix A."""
+    found = weights(with_router("noisy_top_k"))
+    router = {name: weight for name, weight in found.items() if ".router." in name}
+    assert len(router) == 6
+    assert not any(weight.any() for weight in router.values())
 
 
 def test_tied_models_have_one_table_of_tokens() -> None:

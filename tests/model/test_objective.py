@@ -58,13 +58,13 @@ def test_total_is_the_language_loss_and_the_weighted_losses_of_every_layer() -> 
     assert len(nll) == 9
     layers = gpt(token_BS).moe
     assert len(layers) == len(losses.load) == 2
-    balance, z = (sum(getattr(layer, name).item() for layer in layers) for name in ("balance_loss", "z_loss"))
+    balance, z = (sum(layer.losses[name].item() for layer in layers) for name in ("balance", "z"))
     assert losses.language.item() == pytest.approx(sum(nll) / 9, rel=1e-5)
     assert losses.total.item() == pytest.approx(sum(nll) / 9 + 0.25 * balance + 0.125 * z, rel=1e-5)
     assert not losses.language.requires_grad
     for load, layer in zip(losses.load, layers, strict=True):
-        assert load.balance.item() == pytest.approx(layer.balance_loss.item(), rel=1e-5)
-        assert load.z.item() == pytest.approx(layer.z_loss.item(), rel=1e-5)
+        assert load.balance.item() == pytest.approx(layer.losses["balance"].item(), rel=1e-5)
+        assert load.z.item() == pytest.approx(layer.losses["z"].item(), rel=1e-5)
 
 
 def test_a_target_that_is_not_counted_changes_nothing() -> None:

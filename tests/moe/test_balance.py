@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.balance import balance_loss, z_loss
+from moetrain.moe.balance import balance_loss, sequence_balance_loss, z_loss
 
 NUM_TOKENS, NUM_EXPERTS = 12, 4
 
@@ -66,6 +66,32 @@ def test_balance_loss_leaves_the_counts_as_they_are() -> None:
     count_E = torch.tensor([6, 3, 2, 1])
     balance_loss(logits().softmax(-1), count_E, group=None)
     assert count_E.tolist() == [6, 3, 2, 1]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all choices", "first choices"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_balance_loss_by_sequence_is_the_mean_of_each_sequences_own(top_k: int, masked: bool) -> None:
+    """DeepSeek-V3, equations 17 to 20, over three sequences of four tokens."""
+    logit_TE = logits()
+    prob_TE, expert_TK = logit_TE.softmax(-1), logit_TE.topk(top_k).indices
+    expected = 0.0
+    for first in range(0, NUM_TOKENS, 4):
+        for expert in range(NUM_EXPERTS):
+            chosen = [row[:1] if masked else row for row in expert_TK[first : first + 4].tolist()]
+            share = sum(row.count(expert) for row in chosen) / sum(map(len, chosen))
+            probability = sum(prob_TE[first : first + 4, expert].tolist()) / 4
+            expected += NUM_EXPERTS * share * probability / 3
+    where_TK = (torch.arange(top_k) == 0).expand_as(expert_TK) if masked else None
+    loss = sequence_balance_loss(prob_TE, expert_TK, length=4, where_TK=where_TK)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_balance_loss_by_sequence_is_finite_where_no_expert_chose_a_token() -> None:
+    prob_TE, expert_TE = logits(4).softmax(-1), torch.arange(NUM_EXPERTS).expand(4, NUM_EXPERTS)
+    chosen_TE = torch.tensor([[True] * NUM_EXPERTS] * 2 + [[False] * NUM_EXPERTS] * 2)
+    loss = sequence_balance_loss(prob_TE, expert_TE, length=2, where_TK=chosen_TE)
+    # even in the first sequence, and nothing in the second
+    assert loss.item() == pytest.approx(0.5)
 
 
 def test_z_loss_is_the_mean_square_of_the_log_of_summed_exponentials() -> None:

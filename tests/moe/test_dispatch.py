@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import Routing, make_routing
 
 EXPERTS_OF_TOKENS = {
     "top-1": [[1], [0], [2], [1], [1]],
@@ -27,14 +27,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def routing_to(chosen: list[list[int]], weight_TK: Tensor) -> Routing:
-    expert_TK = torch.tensor(chosen)
-    return Routing(
-        expert_TK=expert_TK,
-        weight_TK=weight_TK,
-        logit_TE=normal(len(chosen), NUM_EXPERTS),
-        prob_TE=normal(len(chosen), NUM_EXPERTS),
-        count_E=torch.bincount(expert_TK.flatten(), minlength=NUM_EXPERTS),
-    )
+    return make_routing(torch.tensor(chosen), weight_TK=weight_TK, num_experts=NUM_EXPERTS)
 
 
 @pytest.mark.parametrize("name", EXPERTS_OF_TOKENS)
@@ -59,6 +52,44 @@ def test_combine_weighs_and_adds_up_what_the_experts_answered(name: str) -> None
     for token, experts in enumerate(chosen):
         factor = sum(weight_TK[token, k].item() * (expert + 1) for k, expert in enumerate(experts))
         torch.testing.assert_close(y_TD[token], x_TD[token] * factor)
+
+
+SENT = {
+    "some": [[1, 0], [0, 0], [1, 1], [0, 1]],
+    "none": [[0, 0], [0, 0], [0, 0], [0, 0]],
+    "all": [[1, 1], [1, 1], [1, 1], [1, 1]],
+    "one": [[0, 0], [0, 1], [0, 0], [0, 0]],
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_copies_that_do_not_travel_are_left_out(name: str) -> None:
+    """Rows, answers and all gradients against a loop over the copies that travel; the other tokens get exact zeros."""
+    chosen, sent, factors = [[1, 2], [0, 2], [2, 1], [1, 0]], SENT[name], [2.0, 3.0, 5.0]
+    leaves = [normal(4, D_MODEL), normal(4, 2, seed=1)]
+    x_TD, weight_TK, x_plain, weight_plain = (leaf.clone().requires_grad_() for leaf in leaves * 2)
+    routing = make_routing(
+        torch.tensor(chosen), weight_TK=weight_TK, num_experts=NUM_EXPERTS, sent_TK=torch.tensor(sent) == 1
+    )
+    dispatcher = Dispatcher(None)
+    rows = dispatcher.dispatch(x_TD, routing)
+    copies = sorted((chosen[t][k], t) for t in range(4) for k in range(2) if sent[t][k])
+    assert torch.equal(rows.x_RD, x_TD[[t for _, t in copies]])
+    counts = [sum(expert == e for e, _ in copies) for expert in range(NUM_EXPERTS)]
+    assert rows.count_e.tolist() == counts
+    factor_R = torch.tensor(factors, dtype=torch.float64).repeat_interleave(rows.count_e)
+    y_TD = dispatcher.combine(rows.x_RD * factor_R.unsqueeze(1), rows.receipt)
+
+    expected = torch.stack(
+        [sum(weight_plain[t, k] * factors[chosen[t][k]] * sent[t][k] for k in range(2)) * x_plain[t] for t in range(4)]
+    )
+    torch.testing.assert_close(y_TD, expected)
+    assert all(not y_TD[t].any() for t in range(4) if not any(sent[t]))
+    upstream = normal(4, D_MODEL, seed=2)
+    y_TD.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(x_TD.grad, x_plain.grad)
+    torch.testing.assert_close(weight_TK.grad, weight_plain.grad)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import plain_routers
 import torch
 from torch import Tensor
 
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.layer import Capacity, MoELayer
 from moetrain.moe.router import TopKRouter
 from moetrain.parallel.groups import make
 from moetrain.parallel.topology import Topology
@@ -76,6 +78,98 @@ def _every_layout(rank: int) -> dict[str, dict[str, Tensor]]:
             layer = make_layer(dispatcher, local=topology.local_experts(NUM_EXPERTS), shunned=shunned)
             answers[f"{name}, {expert_parallel}"] = run_layer(layer, tokens(rank), upstream(rank))
     return answers
+
+
+EQUAL_TOKENS = 9
+LIMITED = {
+    "top_k": Capacity(factor=0.75),
+    "gshard": Capacity(factor=0.5, drop="probability"),
+    "hash": Capacity(factor=0.5),
+    "switch": Capacity(factor=0.1, least=1),
+}
+"""Limits that drop some copies, and so leave some ranks with less to send than others."""
+MODES = {"training": True, "evaluation": False}
+
+
+def router_layer(name: str, dispatcher: Dispatcher, *, local: range, training: bool, limited: bool) -> MoELayer:
+    experts = Experts(plain_routers.D_MODEL, d_expert=D_EXPERT, activation="swiglu", global_ids=local).double()
+    layer = MoELayer(
+        plain_routers.make_router(name, training=training),
+        experts=experts,
+        dispatcher=dispatcher,
+        balance_group=None,
+        capacity=replace(LIMITED[name], evaluation_factor=LIMITED[name].factor) if limited else None,
+    )
+    with torch.no_grad():
+        for seed, weight in enumerate(experts.parameters()):
+            whole = plain_routers.normal(plain_routers.NUM_EXPERTS, *weight.shape[1:], seed=30 + seed)
+            weight.copy_(whole[local.start : local.stop])
+    return layer.train(training)
+
+
+def run_router(layer: MoELayer, rank: int) -> dict[str, Tensor]:
+    x_TD = plain_routers.normal(EQUAL_TOKENS, plain_routers.D_MODEL, seed=70 + rank).requires_grad_()
+    torch.manual_seed(rank)
+    answer = layer(x_TD, plain_routers.token_ids(EQUAL_TOKENS, seed=rank))
+    total = (answer.hidden_TD * plain_routers.normal(*x_TD.shape, seed=90 + rank)).sum()
+    (total + sum(answer.losses.values())).backward()
+    return {
+        "hidden": answer.hidden_TD.detach(),
+        "dropped": answer.load.dropped,
+        "x": x_TD.grad,
+        **{f"router {name}": each.grad for name, each in layer.router.named_parameters() if each.grad is not None},
+        **{name: each.grad for name, each in layer.experts.named_parameters()},
+    }
+
+
+def router_cases() -> Iterator[tuple[str, dict[str, object]]]:
+    for mode, training in MODES.items():
+        for name in plain_routers.CASES:
+            for limited in (False, True) if name in LIMITED else (False,):
+                yield (
+                    f"{name}, {mode}{', limited' if limited else ''}",
+                    {"name": name, "training": training, "limited": limited},
+                )
+
+
+def _every_router(rank: int) -> dict[str, dict[str, Tensor]]:
+    answers = {}
+    for expert_parallel in EXPERT_PARALLEL:
+        topology = Topology(world_size=WORLD_SIZE, rank=rank, expert_parallel=expert_parallel)
+        dispatcher = Dispatcher(make(topology, device=torch.device("cpu")).expert)
+        local = topology.local_experts(plain_routers.NUM_EXPERTS)
+        for case, how in router_cases():
+            layer = router_layer(dispatcher=dispatcher, local=local, **how)
+            answers[f"{case}, {expert_parallel}"] = run_router(layer, rank)
+    return answers
+
+
+def test_every_router_with_experts_spread_out_does_what_it_does_on_one_process(ranks) -> None:
+    """Each rank's micro-batch alone, on a layer with all experts; only these see the tokens of all ranks."""
+    answers = ranks(WORLD_SIZE, _every_router)
+    for case, how in router_cases():
+        for expert_parallel in EXPERT_PARALLEL:
+            for members in expert_groups(expert_parallel):
+                _assert_router_equals_one_process(
+                    [answers[rank][f"{case}, {expert_parallel}"] for rank in members], members, case=case, how=how
+                )
+
+
+def _assert_router_equals_one_process(
+    answers: list[dict[str, Tensor]], members: list[int], *, case: str, how: dict[str, object]
+) -> None:
+    layer = router_layer(dispatcher=Dispatcher(None), local=range(plain_routers.NUM_EXPERTS), **how)
+    for rank, answer in zip(members, answers, strict=True):
+        for parameter in layer.router.parameters():
+            parameter.grad = None  # each rank has its own; those of the experts add up
+        whole = run_router(layer, rank)
+        for name in whole.keys() - {"w_in", "w_out"}:
+            torch.testing.assert_close(answer[name], whole[name], msg=f"{case}: {name}")
+    for name in ("w_in", "w_out"):
+        joined = torch.cat([answer[name] for answer in answers])
+        torch.testing.assert_close(joined, whole[name], msg=f"{case}: {name}")
+    if how["limited"]:
+        assert sum(int(answer["dropped"]) for answer in answers) > 0, case
 
 
 def expert_groups(expert_parallel: int) -> Iterator[list[int]]:

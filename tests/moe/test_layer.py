@@ -139,9 +139,9 @@ def test_two_tokens_by_hand() -> None:
     assert answer.load.count_E.tolist() == [2, 2]
     assert answer.load.dropped.item() == 0
     # equal counts: 1, whatever the probabilities
-    assert answer.balance_loss.item() == pytest.approx(1.0)
+    assert answer.losses["balance"].item() == pytest.approx(1.0)
     # log(3 + 1) = 2 log 2 and log(1 + 1): mean of the squares
-    assert answer.z_loss.item() == pytest.approx(2.5 * math.log(2) ** 2)
+    assert answer.losses["z"].item() == pytest.approx(2.5 * math.log(2) ** 2)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) + math.log(2)
     assert answer.load.entropy.item() == pytest.approx(entropy)
 
@@ -167,9 +167,9 @@ def test_one_expert_is_a_dense_net(activation: str) -> None:
 def test_losses_are_those_of_the_routing_and_reach_the_router() -> None:
     layer, x_TD = make_layer(4, top_k=2), normal(13, D_MODEL)
     answer, routing = layer(x_TD), layer.router(x_TD)
-    torch.testing.assert_close(answer.balance_loss, balance_loss(routing.prob_TE, routing.count_E, group=None))
-    torch.testing.assert_close(answer.z_loss, z_loss(routing.logit_TE))
-    for loss in (answer.balance_loss, answer.z_loss):
+    torch.testing.assert_close(answer.losses["balance"], balance_loss(routing.prob_TE, routing.count_E, group=None))
+    torch.testing.assert_close(answer.losses["z"], z_loss(routing.logit_TE))
+    for loss in (answer.losses["balance"], answer.losses["z"]):
         (gradient,) = torch.autograd.grad(loss, layer.router.weight, retain_graph=True)
         assert gradient.abs().max() > 1e-4
 

@@ -37,8 +37,15 @@ MIXED = ModelConfig(
 INHERITING = replace(MIXED, num_kv_heads=None, d_head=None, bias=False, moe=MoEConfig(num_experts=7, top_k=3))
 RMSNORM = replace(MIXED, norm="rmsnorm", positions="rope", tie_embeddings=True)
 DENSE = replace(MIXED, activation="gelu", moe=None)
+SHARED = replace(
+    MIXED,
+    moe=MoEConfig(num_experts=7, top_k=3, router="noisy_top_k", d_expert=9, num_shared_experts=2, shared_gate=True),
+)
+HASHED = replace(MIXED, moe=MoEConfig(num_experts=7, top_k=1, router="hash", num_shared_experts=1))
 SMALL_MODELS = pytest.mark.parametrize(
-    "model", [MIXED, INHERITING, RMSNORM, DENSE], ids=["mixed", "inheriting", "rmsnorm", "dense"]
+    "model",
+    [MIXED, INHERITING, RMSNORM, DENSE, SHARED, HASHED],
+    ids=["mixed", "inheriting", "rmsnorm", "dense", "shared", "hashed"],
 )
 
 
@@ -65,9 +72,13 @@ def maps(model: ModelConfig, block: int) -> Iterator[tuple[str, int, int, bool]]
     if moe is None or (block + 1) % moe.every:
         nets = [("dense_ffn", model.activation, model.d_ff, True)]
     else:
-        yield "router", model.d_model, moe.num_experts, False
-        net = ("experts", moe.activation or model.activation, moe.d_expert or model.d_ff, False)
-        nets = [net] * moe.num_experts
+        for _ in range({"hash": 0, "noisy_top_k": 2}.get(moe.router, 1)):
+            yield "router", model.d_model, moe.num_experts, False
+        activation, width = moe.activation or model.activation, moe.d_expert or model.d_ff
+        if moe.shared_gate:
+            yield "shared_experts", model.d_model, 1, False
+        nets = [("experts", activation, width, False)] * moe.num_experts
+        nets += [("shared_experts", activation, width, False)] * moe.num_shared_experts
     for part, activation, hidden, bias in nets:
         yield part, model.d_model, hidden, bias
         if activation.endswith("glu"):
@@ -104,7 +115,8 @@ def test_each_part_is_the_sum_over_its_tensors(model: ModelConfig) -> None:
     for part, shape in tensors(model):
         sizes[part] += prod(shape)
     count = count_parameters(model)
-    for part in ("embedding", "positions", "attention", "dense_ffn", "router", "experts", "norm", "output"):
+    for part in ("embedding", "positions", "attention", "dense_ffn", "router", "experts", "shared_experts", "norm",
+                 "output"):  # fmt: skip
         assert getattr(count, part) == sizes[part], part
     assert count.total == sizes.total()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,10 @@ from moetrain.train.engine import Engine, deepspeed_config
 
 MODEL = ModelConfig(vocab_size=128, context=16, d_model=32, num_layers=2, num_heads=4, d_ff=64, bias=True,
                     norm="layernorm", moe=MoEConfig(num_experts=4, d_expert=32, every=2))  # fmt: skip
+LOSS_FREE = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, d_expert=32, every=1, router="sigmoid_bias",
+                                         bias_update_rate=0.02, num_shared_experts=1, shared_gate=True))  # fmt: skip
+"""With a bias that no optimizer holds, moved by the load of the whole batch."""
+MODELS = {"top_k": MODEL, "loss_free": LOSS_FREE}
 ROWS, STEPS, LR, CLIP = 8, 5, 1e-2, 0.5
 # eps above the rounding noise: the gradient of the keys' bias is 0 but for rounding (softmax does not see a shift), and
 # Adam with a smaller eps would blow that noise up to whole steps
@@ -32,9 +36,9 @@ def rows(step: int) -> torch.Tensor:
     return torch.randint(0, 128, (ROWS, 17), generator=torch.Generator().manual_seed(step))
 
 
-def plain_loop(*, accumulation: int, clip: float = CLIP, steps: int = STEPS) -> dict[str, object]:
-    """One process, torch alone: AdamW, clip_grad_norm_, the mean over micro-batches."""
-    gpt = build_model(MODEL)
+def plain_loop(*, accumulation: int, clip: float = CLIP, steps: int = STEPS, model: str = "top_k") -> dict[str, object]:
+    """One process, torch alone: AdamW, clip_grad_norm_, the mean over micro-batches; biases moved by hand."""
+    gpt = build_model(MODELS[model])
     initialize(gpt, init_std=0.1, seed=1)
     objective = Objective(gpt, loss_weights={"balance": 0.02, "z": 0.002})
     decayed = [p for p in gpt.parameters() if p.dim() > 1]
@@ -43,17 +47,25 @@ def plain_loop(*, accumulation: int, clip: float = CLIP, steps: int = STEPS) -> 
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}], **OPTIMIZER, foreach=False
     )
     losses, norms = [], []
+    biases = {f"blocks.{i}.feed_forward.router": [0.0] * 4 for i in range(2)} if model == "loss_free" else {}
     for step in range(steps):
-        mean = 0.0
+        mean, counts = 0.0, [[0] * 4 for _ in biases]
         for chunk in rows(step).chunk(accumulation):
             loss = objective(chunk[:, :-1], chunk[:, 1:])
+            for count, load in zip(counts, loss.load, strict=False):
+                count[:] = [a + b for a, b in zip(count, load.count_E.tolist(), strict=True)]
             (loss.total / accumulation).backward()
             mean += loss.language.item() / accumulation
         norms.append(torch.nn.utils.clip_grad_norm_(gpt.parameters(), clip or float("inf")).item())
         adamw.step()
         adamw.zero_grad()
         losses.append(mean)
-    tensors = {}
+        for (name, bias), count in zip(biases.items(), counts, strict=True):
+            bias[:] = [
+                b + 0.02 * ((sum(count) / 4 > c) - (sum(count) / 4 < c)) for b, c in zip(bias, count, strict=True)
+            ]
+            gpt.get_submodule(name).bias_E = torch.tensor(bias)
+    tensors = {f"{name}.bias_E/fp32": torch.tensor(bias) for name, bias in biases.items()}
     for name, parameter in gpt.named_parameters():
         state = adamw.state[parameter]
         tensors[f"{name}/fp32"] = parameter.detach().flatten()
@@ -69,13 +81,15 @@ class Layout:
     accumulation: int = 1
     clip: float = CLIP
     dtype: str = "fp32"
+    model: str = "top_k"
 
 
 def make_engine(rank: int, layout: Layout):
     world_size = dist.get_world_size()
     topology = Topology(world_size=world_size, rank=rank, expert_parallel=layout.expert_parallel)
     groups = process_groups.make(topology, device=torch.device("cpu"))
-    gpt = build_model(MODEL, local_experts=topology.local_experts(4), expert_group=groups.expert, world=groups.world)
+    gpt = build_model(MODELS[layout.model], local_experts=topology.local_experts(4), expert_group=groups.expert,
+                      world=groups.world)  # fmt: skip
     initialize(gpt, init_std=0.1, seed=1)
     config = deepspeed_config(micro_batch=ROWS // world_size // layout.accumulation, accumulation=layout.accumulation,
                               world_size=world_size, zero_stage=layout.stage, dtype=layout.dtype,
@@ -130,7 +144,8 @@ def train_rank(rank: int, layouts: list[Layout]):
     [
         (1, [Layout(), Layout(stage=0, accumulation=4)]),
         (2, [Layout(expert_parallel=2, stage=0), Layout(expert_parallel=2, accumulation=2), Layout(clip=0.0),
-             Layout(expert_parallel=2, stage=2)]),
+             Layout(expert_parallel=2, stage=2),
+             Layout(expert_parallel=2, accumulation=2, model="loss_free"), Layout(stage=0, model="loss_free")]),
         (4, [Layout(expert_parallel=2, stage=2), Layout(expert_parallel=4, accumulation=2),
              Layout(expert_parallel=2, stage=0)]),
     ],
@@ -138,11 +153,15 @@ def train_rank(rank: int, layouts: list[Layout]):
 def test_every_layout_trains_as_a_plain_loop_does(ranks, world_size, layouts):
     answer = ranks(world_size, train_rank, layouts)[0]
     for layout, found in zip(layouts, answer["results"], strict=True):
-        expected = plain_loop(accumulation=layout.accumulation, clip=layout.clip)
+        expected = plain_loop(accumulation=layout.accumulation, clip=layout.clip, model=layout.model)
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
         assert found["tensors"].keys() == expected["tensors"].keys()
         assert_near(found["tensors"], expected["tensors"], what=str(layout))
+        if layout.model == "loss_free":
+            biases = [tensor for name, tensor in found["tensors"].items() if name.endswith("bias_E/fp32")]
+            assert len(biases) == 2
+            assert all(tensor.abs().max() > 0.03 for tensor in biases), "the load was skewed, and the biases moved"
     assert answer["built"] == [], "the engine compiled something; a lock left by a killed build would hang later runs"
 
 
@@ -197,6 +216,28 @@ def test_a_resumed_engine_goes_on_as_the_unbroken_one_on_the_same_and_on_other_l
         torch.testing.assert_close(other["losses"], unbroken["losses"], rtol=1e-5, atol=0)
         torch.testing.assert_close(other["norms"], unbroken["norms"], rtol=1e-5, atol=0)
         assert_near(other["tensors"], unbroken["tensors"], what="another layout")
+
+
+def save_and_resume_rank(rank: int, root: str, layouts: list[Layout]):
+    return [
+        {"unbroken": save_rank(rank, f"{root}/{i}", layout), "resumed": resume_rank(rank, f"{root}/{i}", [layout])[0]}
+        for i, layout in enumerate(layouts)
+    ]
+
+
+def test_a_resumed_engine_goes_on_with_the_biases_that_no_optimizer_holds(ranks, tmp_path):
+    layouts = [Layout(expert_parallel=2, dtype=dtype, model="loss_free") for dtype in ("fp32", "bf16")]
+    for found in ranks(2, save_and_resume_rank, str(tmp_path), layouts)[0]:
+        unbroken, resumed = found["unbroken"], found["resumed"]
+        assert resumed["losses"] == unbroken["losses"]
+        assert all(torch.equal(resumed["tensors"][name], tensor) for name, tensor in unbroken["tensors"].items())
+        biases = [tensor for name, tensor in resumed["tensors"].items() if name.endswith("bias_E/fp32")]
+        assert len(biases) == 2
+        for bias in biases:
+            steps = bias / 0.02
+            assert steps.abs().max() > 1
+            # whole steps: in bf16 they would be rounded
+            torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
 
 
 def diverge_rank(rank: int):
