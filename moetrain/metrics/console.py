@@ -5,7 +5,16 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 PLAIN_EVERY = 0.1
 """Share of the work between two plain lines, where no bar can be drawn."""
@@ -28,13 +37,15 @@ class WorkBar:
         self._next_plain = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn() if total and total < 100_000 else TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            _amount(total),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[note]}"),
             console=self._console,
+            # rank 0's stderr is a log; the bar must not turn what libraries write there onto the screen
+            redirect_stderr=False,
             disable=not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task(label, total=total, completed=done, note="")
@@ -64,6 +75,12 @@ class WorkBar:
         """A line above the bar."""
         if self._shown:
             self._bar.console.print(line, highlight=False, markup=False)
+
+
+def _amount(total: int | None) -> ProgressColumn:
+    if total is None:
+        return TextColumn("{task.completed:,}")
+    return MofNCompleteColumn() if total < 100_000 else TextColumn("{task.percentage:>3.0f}%")
 
 
 class StageBars:

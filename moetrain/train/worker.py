@@ -23,11 +23,12 @@ from torch import Tensor
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint import store
 from moetrain.config.checks import in_steps, steps_in_run
-from moetrain.config.freeze import read_run, to_dict
+from moetrain.config.freeze import freeze, read_run, to_dict
+from moetrain.config.identity import differences, is_fixed
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.loader import Batches, held_out_batches
-from moetrain.errors import MoetrainError
+from moetrain.errors import CheckpointError, MoetrainError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.log import MetricsLog, open_wandb
@@ -41,7 +42,7 @@ from moetrain.plan.flops import flops_per_token
 from moetrain.train.engine import Engine, deepspeed_config
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import StopRequest
-from moetrain.train.hooks import EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
+from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, TrainState, train
 from moetrain.train.schedule import Schedule
 
@@ -134,6 +135,7 @@ def _train(
     parts: Parts, state: TrainState, *, evaluator: _Evaluator, stop: StopRequest, record: Record, bar: WorkBar
 ) -> None:
     run, groups, sizes = parts.run, parts.groups, parts.sizes
+    clock = Clock()
     log = LogHook(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
@@ -142,9 +144,15 @@ def _train(
         group=groups.world,
         record=record,
         bar=bar,
+        clock=clock,
     )
     evaluation = EvaluateHook(
-        every_steps=run.evaluate.every_steps, steps=sizes.steps, evaluate=evaluator.some_of_it, record=record, bar=bar
+        every_steps=run.evaluate.every_steps,
+        steps=sizes.steps,
+        evaluate=evaluator.some_of_it,
+        record=record,
+        bar=bar,
+        clock=clock,
     )
     save = SaveHook(
         every_steps=run.checkpoint.every_steps,
@@ -153,6 +161,7 @@ def _train(
         flush=log.flush,
         save=_saver(parts, warn=bar.say),
         control=groups.control,
+        clock=clock,
     )
     plan = Plan(
         steps=sizes.steps,
@@ -204,18 +213,33 @@ def _restore(parts: Parts) -> tuple[TrainState, str]:
         print(f"warning: {message}", flush=True)
 
     # one rank reads and digests for all: they must not come to different answers
-    found: list[Any] = [None]
+    found: list[Any] = [None, None]
     if parts.is_first:
         newest = checkpoint_state.newest_whole(parts.run_dir / "checkpoints", warn=warn)
         if newest is not None:
-            found = [(str(newest[0]), newest[1].step, newest[1].tokens)]
+            directory, manifest = newest
+            foreign = _foreign(manifest, parts)
+            found = [(str(directory), manifest.step, manifest.tokens), foreign and f"{directory} {foreign}"]
     torch.distributed.broadcast_object_list(found, src=0, group=parts.groups.control)
+    if found[1]:
+        raise CheckpointError(f"{found[1]}; set it back, or choose another name=… or run_dir=… for another run")
     if found[0] is None:
         return TrainState(), ""
     directory, step, tokens = found[0]
     checkpoint_state.load(Path(directory), parts.engine.fragments(), group=parts.groups.control)
     parts.engine.loaded(step=step)
     return TrainState(step=step, tokens=tokens), directory
+
+
+def _foreign(manifest: store.Manifest, parts: Parts) -> str:
+    """Why a checkpoint is not one of this run; empty when it is."""
+    now = parts.prepared.digests()
+    other = [name for name in now if manifest.data.get(name) != now[name]]
+    if other:
+        return f"was trained on other data: {', '.join(other)} has changed since"
+    before = freeze(manifest.run)
+    fixed = {name: values for name, values in differences(before, parts.run).items() if is_fixed(name)}
+    return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in fixed.items())
 
 
 def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState], None]:
@@ -229,6 +253,7 @@ def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState
             world_size=topology.world_size,
             expert_parallel=topology.expert_parallel,
             run=to_dict(parts.run),
+            data=parts.prepared.digests(),
             files=[],
         )
         checkpoint_state.save(root, parts.engine.fragments(), manifest=manifest, group=parts.groups.control)
