@@ -28,8 +28,6 @@ from moetrain.report.figures import expert_load_map, has_load, loss_curve
 METRICS = "metrics.jsonl"
 RECORDED = "recorded.json"
 MOST_SAMPLED = 1_000_000_000
-SAME_SIZE = 0.01
-"""How far two models of the same active size may lie apart: the router is all that differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +176,10 @@ def recorded_dense(run: RunConfig) -> float | None:
     """Held-out bits per byte of the dense twin of a run, recorded once; None for settings nobody recorded."""
     recorded = json.loads((Path(__file__).parent / RECORDED).read_text())["dense_bits_per_byte"]
     value = recorded.get(training_digest(run))
-    active, twin = count_parameters(run.model).active, count_parameters(replace(run.model, moe=None)).active
-    return None if value is None or abs(active / twin - 1) > SAME_SIZE else float(value)
+    sparse, dense = count_parameters(run.model), count_parameters(replace(run.model, moe=None))
+    # of one active size but for the router, which the dense twin has not
+    same_size = sparse.active - sparse.router == dense.active
+    return float(value) if value is not None and same_size else None
 
 
 def _speed_text(steps: list[dict[str, Any]]) -> str:
