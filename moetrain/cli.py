@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -309,10 +310,14 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
     from moetrain.config.freeze import write_run
     from moetrain.config.origin import write_origin
+    from moetrain.data.corpus import TOKENIZER
 
     _compare_with_earlier(run, run_dir)
     directory, prepared = _prepared(run)
     run = replace(run, data=replace(run.data, prepared=str(directory.resolve())))
+    # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
+    if not any((run_dir / "checkpoints").glob("step_*/manifest.json")):
+        shutil.copyfile(prepared.tokenizer_path, run_dir / TOKENIZER)
     write_run(run, run_dir)
     write_origin(run_dir, command=["moetrain", *sys.argv[1:]], data=asdict(prepared.meta))
     return run
@@ -352,16 +357,16 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
 
 
 def _sample(**wanted: Any) -> Any:
-    from tokenizers import Tokenizer
-
     from moetrain.config.schema import SampleConfig
-    from moetrain.data.corpus import open_prepared
+    from moetrain.data.corpus import TOKENIZER
+    from moetrain.data.tokenizer import load_tokenizer
     from moetrain.hub.generate import generate, load_model
 
     defaults = asdict(SampleConfig())
     wanted = defaults | wanted
-    run, gpt = load_model(wanted.pop("run_dir"), warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    tokenizer = Tokenizer.from_file(str(open_prepared(Path(str(run.data.prepared))).tokenizer_path))
+    run_dir = wanted.pop("run_dir")
+    run, gpt = load_model(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
     # positions past the trained length were never seen
     context = min(run.model.context, run.batch.sequence_length or run.model.context)
     return generate(gpt, tokenizer, context=context, **wanted)

@@ -192,6 +192,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(place, 
     assert losses(place, "damaged") == losses(place, "unbroken")
 
 
+def test_a_run_directory_can_be_moved_and_sampled_from(place, unbroken, tmp_path):
+    shutil.copytree(place / "runs/unbroken", tmp_path / "elsewhere")
+    line = [sys.executable, "-m", "moetrain.cli", "sample", "run_dir=elsewhere", "prompt=Fellow", "max_tokens=5"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(place), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Fellow")
+
+
 def test_text_that_changed_since_the_checkpoint_is_refused(place, unbroken):
     """Its tokens would come in another order, and with another tokenizer mean something else."""
     corpus = place / "corpus.jsonl"

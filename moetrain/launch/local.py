@@ -59,6 +59,9 @@ def run_local(
     """
     if processes < 1:
         raise LaunchError(f"launch.processes is {processes}, but a run needs at least 1")
+    gpus = visible_gpus(os.listdir("/dev"), os.environ)
+    if 0 < gpus < processes:
+        raise LaunchError(f"launch.processes is {processes}, but must be at most the {gpus} GPUs to be seen here")
     log_dir = run_dir / "log"
     log_dir.mkdir(parents=True, exist_ok=True)
     remove_old_errors(log_dir)

@@ -11,7 +11,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column
@@ -39,9 +38,8 @@ class WorkBar:
             TextColumn("{task.description}"),
             BarColumn(bar_width=12),
             _amount(total),
-            TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("left", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[note]}"),
             console=self._console,
             # rank 0's stderr is a log; the bar must not turn what libraries write there onto the screen
@@ -78,9 +76,12 @@ class WorkBar:
 
 
 def _amount(total: int | None) -> ProgressColumn:
+    whole = Column(no_wrap=True)
     if total is None:
-        return TextColumn("{task.completed:,}")
-    return MofNCompleteColumn() if total < 100_000 else TextColumn("{task.percentage:>3.0f}%")
+        return TextColumn("{task.completed:,}", table_column=whole)
+    if total >= 100_000:
+        return TextColumn("{task.percentage:>3.0f}%", table_column=whole)
+    return MofNCompleteColumn(table_column=whole)
 
 
 class StageBars:

@@ -128,7 +128,7 @@ class LogHook:
         if self._meter is not None:
             load = self._meter.read(self._group)
             line |= load_fields(load)
-            note += f"  max load {max(load.max_over_mean):.2f}x"
+            note += f"  load {max(load.max_over_mean):.2f}x"
         self._record(line)
         self._note = note
         if any(loss != loss or loss == float("inf") for loss in step_losses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import sys
 import traceback
@@ -105,6 +106,9 @@ def run_rank(run_dir: Path) -> bool:
     parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
     state, resumed_from = _restore(parts)
 
+    if parts.is_first:
+        # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
+        logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
     log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
     wandb = (
         open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name), config=to_dict(run))
