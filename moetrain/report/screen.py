@@ -197,4 +197,4 @@ def _load_text(final: dict[str, Any]) -> str:
     worst = max(range(len(fullest)), key=fullest.__getitem__)
     idle = sum(share == 0 for layer in final["held_out_load"] for share in layer)
     rest = "every expert in use" if idle == 0 else f"{idle} experts without a token"
-    return f"fullest expert {fullest[worst]:.2f}x the mean (MoE layer {worst + 1} of {len(fullest)}); {rest}"
+    return f"fullest expert {fullest[worst]:.2f}x the mean (MoE layer {worst}); {rest}"
