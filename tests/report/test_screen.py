@@ -101,7 +101,7 @@ def test_the_end_of_a_run_says_what_it_reached_and_what_next(tmp_path, capsys, m
         "byte trigram",
         "2.7500",
         "2.9000",
-        "fullest expert 1.80x the mean (MoE layer 2 of 2); 1 experts without a token",
+        "fullest expert 1.80x the mean (MoE layer 1); 1 experts without a token",
         "[bold]once[/bold] [x]",  # a model may write anything: none of it is ours to interpret
         f"moetrain sample run_dir='{run_dir}' prompt=",
         "1,000 tokens/s, 2 GFLOP/s",
