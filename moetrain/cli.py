@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -104,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moetrain: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"moetrain: the disk is full ({error.filename or 'a file of the run'}): make room", file=sys.stderr)
+            return 2
         if error.filename is None:
             raise
         print(f"moetrain: {error.filename}: {error.strerror}: choose another place, or mend it", file=sys.stderr)
@@ -153,10 +158,11 @@ def train(words: Sequence[str]) -> int:
             from moetrain.launch.local import run_local
 
             if run_local(run_dir, processes=run.launch.processes or 1).stopped:
+                print("stopped on request; the same command goes on from the newest checkpoint")
                 return STOPPED
         screen.draw(run_dir)
         opening = _opening(run)
-        sample = "".join(_sample(run_dir=run_dir, prompt=opening))
+        sample = "".join(_sample(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
         screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
     return 0
 
@@ -255,9 +261,14 @@ def _settings(options: _Options) -> tuple[RunConfig, Composed]:
     run = freeze(composed.settings)
     if run.name is None:
         run = replace(run, name=_default_name(composed.choices, is_dense=run.model.moe is None))
-    run = resolve(run, default_processes=default_processes())
+    run = resolve(run, default_processes=_fitting(default_processes(), batch=run.batch.global_batch))
     check(run, flatten(to_dict(run)))
     return run, composed
+
+
+def _fitting(processes: int, *, batch: int) -> int:
+    """The most of this machine's processes that share the batch evenly: 6 GPUs take a batch of 16 four at a time."""
+    return max((n for n in range(1, processes + 1) if batch % n == 0), default=1)
 
 
 def _default_name(choices: dict[str, str], *, is_dense: bool) -> str:
@@ -299,10 +310,14 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
     from moetrain.config.freeze import write_run
     from moetrain.config.origin import write_origin
+    from moetrain.data.corpus import TOKENIZER
 
     _compare_with_earlier(run, run_dir)
     directory, prepared = _prepared(run)
     run = replace(run, data=replace(run.data, prepared=str(directory.resolve())))
+    # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
+    if not any((run_dir / "checkpoints").glob("step_*/manifest.json")):
+        shutil.copyfile(prepared.tokenizer_path, run_dir / TOKENIZER)
     write_run(run, run_dir)
     write_origin(run_dir, command=["moetrain", *sys.argv[1:]], data=asdict(prepared.meta))
     return run
@@ -342,17 +357,19 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
 
 
 def _sample(**wanted: Any) -> Any:
-    from tokenizers import Tokenizer
-
     from moetrain.config.schema import SampleConfig
-    from moetrain.data.corpus import open_prepared
+    from moetrain.data.corpus import TOKENIZER
+    from moetrain.data.tokenizer import load_tokenizer
     from moetrain.hub.generate import generate, load_model
 
     defaults = asdict(SampleConfig())
     wanted = defaults | wanted
-    run, gpt = load_model(wanted.pop("run_dir"), warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    tokenizer = Tokenizer.from_file(str(open_prepared(Path(str(run.data.prepared))).tokenizer_path))
-    return generate(gpt, tokenizer, context=run.model.context, **wanted)
+    run_dir = wanted.pop("run_dir")
+    run, gpt = load_model(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    # positions past the trained length were never seen
+    context = min(run.model.context, run.batch.sequence_length or run.model.context)
+    return generate(gpt, tokenizer, context=context, **wanted)
 
 
 def _preset_help() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_a_rank_that_dies_takes_the_run_down_within_seconds_and_is_named(place):
 def test_a_request_to_stop_saves_and_the_same_command_goes_on(place, unbroken):
     process = start(place, "stopped")
     wait_for_step(place, "stopped", 4, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, errors
     assert "goes on from here" in output
@@ -189,6 +190,53 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(place, 
     assert done.returncode == 0, done.stderr
     assert f"{newest.name} is damaged" in done.stdout
     assert losses(place, "damaged") == losses(place, "unbroken")
+
+
+def test_a_run_directory_can_be_moved_and_sampled_from(place, unbroken, tmp_path):
+    shutil.copytree(place / "runs/unbroken", tmp_path / "elsewhere")
+    line = [sys.executable, "-m", "moetrain.cli", "sample", "run_dir=elsewhere", "prompt=Fellow", "max_tokens=5"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(place), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Fellow")
+
+
+def test_text_that_changed_since_the_checkpoint_is_refused(place, unbroken):
+    """Its tokens would come in another order, and with another tokenizer mean something else."""
+    corpus = place / "corpus.jsonl"
+    was = corpus.read_text()
+    try:
+        corpus.write_text(was.replace("the", "THE"))
+        done = run(place, "unbroken", f"schedule.steps={STEPS + 2}")
+    finally:
+        corpus.write_text(was)
+    assert done.returncode == 2
+    assert "was trained on other data: training text, held-out text, tokenizer has changed since" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused_even_without_its_run_file(place, unbroken):
+    copy = place / "runs/foreign"
+    shutil.copytree(place / "runs/unbroken", copy)
+    (copy / "run.yaml").unlink()
+    (copy / "metrics.jsonl").unlink()
+    done = run(place, "foreign", "model.rope_theta=77", f"schedule.steps={STEPS + 2}")
+    assert done.returncode == 2
+    assert "has model.rope_theta 10000.0, the run 77.0" in done.stderr
+
+
+def test_weights_and_biases_offline_is_the_default(place):
+    settings = [each for each in SETTINGS if not each.startswith(("log.wandb", "schedule.steps"))]
+    line = [sys.executable, "-m", "moetrain.cli", "train", "data.text=corpus.jsonl", "data.held_out=0.2",
+            "name=wandb", *settings, "schedule.steps=6", "checkpoint.every_steps=null",
+            "checkpoint.every_minutes=0.0001"]  # fmt: skip
+    quiet = {name: value for name, value in environment(place).items() if not name.startswith("WANDB_")}
+    done = subprocess.run(line, cwd=place, env=quiet | {"NETRC": str(place / "none")}, capture_output=True, text=True,
+                          timeout=LIMIT_SECONDS)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((place / "runs/wandb/wandb").glob("offline-run-*/run-*.wandb"))
+    # by the clock, a checkpoint was due after every step; the newest two stay
+    names = sorted(path.name for path in (place / "runs/wandb/checkpoints").iterdir())
+    assert names == ["step_00000005", "step_00000006"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -62,6 +62,16 @@ def save(
     Raises:
         CheckpointError: on every rank, when one could not write. The checkpoints before stay as they are.
     """
+    try:
+        return _save(root, fragments, manifest=manifest, group=group)
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            # a disk that is full of half a checkpoint would have no room for the next one
+            shutil.rmtree(store.partial_directory(root, manifest.step), ignore_errors=True)
+        raise
+
+
+def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest, group: dist.ProcessGroup) -> Path:
     _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
     partial = store.partial_directory(root, manifest.step)
     writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)

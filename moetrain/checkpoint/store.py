@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,8 @@ class Manifest:
     """Ranks that shared the experts."""
     run: dict[str, Any]
     """The settings of the run."""
+    data: dict[str, str]
+    """Digests of the token files and the tokenizer."""
     files: list[FileDigest]
     format: int = FORMAT
 
@@ -163,11 +164,6 @@ def prune(root: Path, *, keep: int) -> None:
         pruned = _with_suffix(old, ".pruned.partial")
         _rename_over(old, pruned)
         shutil.rmtree(pruned, ignore_errors=True)
-
-
-def total_size(files: Iterable[FileDigest]) -> int:
-    """Bytes."""
-    return sum(file.size for file in files)
 
 
 def _saved_at(directory: Path) -> int:

@@ -154,14 +154,14 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
     if model.moe is not None:
         yield from _moe(model.moe, num_layers=model.num_layers)
-        if model.dtype == "bf16":
-            # torch's grouped matmul on CUDA wants rows of a multiple of 16 bytes
-            for name, width in (("d_model", model.d_model), ("moe.d_expert", model.moe.d_expert or model.d_ff)):
-                if width % 8:
-                    yield (
-                        f"model.{name} is {width}, but must be a multiple of 8 for an MoE model in bf16: "
-                        f"use {width + 8 - width % 8}"
-                    )
+        # torch's grouped matmul on CUDA wants rows of a multiple of 16 bytes
+        step = 8 if model.dtype == "bf16" else 4
+        for name, width in (("d_model", model.d_model), ("moe.d_expert", model.moe.d_expert or model.d_ff)):
+            if width % step:
+                yield (
+                    f"model.{name} is {width}, but must be a multiple of {step} for an MoE model in {model.dtype}: "
+                    f"use {width + step - width % step}"
+                )
 
 
 def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
@@ -245,6 +245,12 @@ def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
                 f"schedule.{in_steps_name} is {steps:,} and schedule.{in_tokens_name} is {tokens:,}, "
                 "but only one may be set: set the other to null"
             )
+    steps, warmup = schedule.steps, schedule.warmup_steps
+    if steps is not None and warmup is not None and warmup >= steps:
+        yield (
+            f"schedule.warmup_steps is {warmup:,}, but must be less than schedule.steps, {steps:,}, or the run ends in "
+            f"its warm-up: use {steps // 10}, say"
+        )
     if schedule.steps is None and schedule.tokens is None:
         yield "schedule.steps and schedule.tokens are both null, but one must say how long the run is: set one"
     for name, decay in (("decay_steps", schedule.decay_steps), ("decay_tokens", schedule.decay_tokens)):

@@ -50,6 +50,17 @@ def resolve_router(moe: MoEConfig) -> MoEConfig:
     return replace(moe, **missing)
 
 
+def loss_weights(moe: MoEConfig) -> dict[str, float]:
+    """Weight of each of the router's losses, by the name the layer gives it."""
+    settings = resolve_router(moe)
+    return {
+        "balance": settings.balance_weight or 0.0,
+        "z": settings.z_weight or 0.0,
+        "importance": settings.importance_weight or 0.0,
+        "load": settings.load_weight or 0.0,
+    }
+
+
 def broken_rules(moe: MoEConfig) -> Iterator[str]:
     """What the router's settings break, a sentence each."""
     own = ROUTERS[moe.router]

@@ -218,7 +218,7 @@ class LaunchConfig:
     processes: int | None = None
     """Processes on each node. null: one per GPU, or 2 on a machine without GPUs."""
     timeout_seconds: int = 600
-    """A collective that waits longer than this fails the run."""
+    """A collective that waits longer than this fails the run; those of DeepSpeed's own groups keep torch's default."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def build_token_files(
 def _hash_sources(files: list[Path], *, progress: Progress) -> Iterator[Source]:
     sizes = [path.stat().st_size for path in files]
     for number, path in enumerate(files):
-        progress("hash", sum(sizes[:number]), sum(sizes))
+        progress("hash", sum(sizes[: number + 1]), sum(sizes))
         yield Source(name=path.name, size=sizes[number], sha256=source_sha256(path))
 
 

@@ -115,6 +115,14 @@ class Prepared:
         """Ids are below it; ``model.vocab_size`` must be at least this."""
         return self.meta.vocab_size
 
+    def digests(self) -> dict[str, str]:
+        """What a model trained on this must find again: its tokens and their meaning."""
+        return {
+            "training text": self.meta.train.sha256,
+            "held-out text": self.meta.held_out.sha256,
+            "tokenizer": self.meta.tokenizer_fingerprint,
+        }
+
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     """The type of the ids in a .bin file."""

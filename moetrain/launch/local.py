@@ -27,6 +27,8 @@ from moetrain.launch.fault import Ended, find_fault, remove_old_errors
 from moetrain.parallel.lifeline import PARENT_PID, STOPPED
 
 _POLL_SECONDS = 0.1
+# Ctrl-C; kill and most schedulers; SLURM's usual warning before a limit; the terminal was closed.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,9 @@ def run_local(
     """
     if processes < 1:
         raise LaunchError(f"launch.processes is {processes}, but a run needs at least 1")
+    gpus = visible_gpus(os.listdir("/dev"), os.environ)
+    if 0 < gpus < processes:
+        raise LaunchError(f"launch.processes is {processes}, but must be at most the {gpus} GPUs to be seen here")
     log_dir = run_dir / "log"
     log_dir.mkdir(parents=True, exist_ok=True)
     remove_old_errors(log_dir)
@@ -144,7 +149,7 @@ class _StopRequests:
         self.count = 0
 
     def __enter__(self) -> _StopRequests:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._old = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,6 +186,8 @@ def _start(workers: list[_Worker], command: list[str], *, processes: int, log_di
 
 def _environment(processes: int) -> dict[str, str]:
     environment = dict(os.environ)
+    # `python -m` puts the working directory first on the path: a user's own secrets.py would be imported by the ranks
+    environment["PYTHONSAFEPATH"] = "1"
     # One pool of threads per rank, or all ranks together ask for more cores than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 PLAIN_EVERY = 0.1
 """Share of the work between two plain lines, where no bar can be drawn."""
@@ -28,13 +36,14 @@ class WorkBar:
         self._next_plain = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn() if total and total < 100_000 else TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            _amount(total),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[note]}"),
             console=self._console,
+            # rank 0's stderr is a log; the bar must not turn what libraries write there onto the screen
+            redirect_stderr=False,
             disable=not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task(label, total=total, completed=done, note="")
@@ -64,6 +73,15 @@ class WorkBar:
         """A line above the bar."""
         if self._shown:
             self._bar.console.print(line, highlight=False, markup=False)
+
+
+def _amount(total: int | None) -> ProgressColumn:
+    whole = Column(no_wrap=True)
+    if total is None:
+        return TextColumn("{task.completed:,}", table_column=whole)
+    if total >= 100_000:
+        return TextColumn("{task.percentage:>3.0f}%", table_column=whole)
+    return MofNCompleteColumn(table_column=whole)
 
 
 class StageBars:

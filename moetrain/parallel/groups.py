@@ -45,22 +45,33 @@ def start(*, expert_parallel: int, timeout_seconds: float) -> Groups:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return make(topology, device=device)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout)
+    return make(topology, device=device, timeout=timeout)
 
 
-def make(topology: Topology, *, device: torch.device) -> Groups:
-    """The groups of a topology, in a process group that is already initialised."""
+def make(topology: Topology, *, device: torch.device, timeout: timedelta | None = None) -> Groups:
+    """The groups of a topology, in a process group that is already initialised.
+
+    Args:
+        timeout: how long a collective may wait; a new group does not inherit it. None: torch's default.
+    """
     expert = None
     if topology.expert_parallel > 1:
         # every rank must take part in the making of every group, in the same order
         for ranks in topology.expert_groups:
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout)
             if topology.rank in ranks:
                 expert = group
     world = dist.group.WORLD
     assert world is not None
-    return Groups(topology=topology, device=device, world=world, expert=expert, control=dist.new_group(backend="gloo"))
+    return Groups(
+        topology=topology,
+        device=device,
+        world=world,
+        expert=expert,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+    )
 
 
 def stop() -> None:

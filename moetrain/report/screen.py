@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from dataclasses import dataclass
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from moetrain.report.figures import expert_load_map, has_load, loss_curve
 
 METRICS = "metrics.jsonl"
 RECORDED = "recorded.json"
+MOST_SAMPLED = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,11 @@ def is_finished(run: RunConfig, run_dir: Path) -> bool:
     return path.is_file() and any(line.get("final") and line["step"] >= steps for line in read_metrics(path))
 
 
+def is_small(run: RunConfig) -> bool:
+    """Whether a run may end by sampling: one process then holds the whole model, in float32."""
+    return count_parameters(run.model).total <= MOST_SAMPLED
+
+
 def draw(run_dir: Path) -> None:
     """The pictures of a run: ``loss.png`` and, for a sparse model, ``expert_load.png``."""
     metrics = read_metrics(run_dir / METRICS)
@@ -121,16 +130,19 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, opening:
     done = f"{final['step']:,} steps, {format_count(final['tokens'])} tokens"
     console.print(f"\n[bold]{escape(str(run_dir))}[/bold] is finished: {done}")
     console.print(_comparison(run, final=final, baselines=baselines))
-    rates = sorted(line["tokens_per_second"] for line in steps)
-    console.print(f"speed        {rates[len(rates) // 2]:,.0f} tokens/s, {_flops(steps)}")
+    if steps:
+        console.print(f"speed        {_speed_text(steps)}")
     pictures = [run_dir / "loss.png"]
     if "held_out_load" in final:
         console.print(f"expert load  {_load_text(final)}")
         pictures.append(run_dir / "expert_load.png")
     console.print(f"pictures     {', '.join(map(str, pictures))}", markup=False)
-    console.print("\n[bold]a sample[/bold], going on from the first words of the held-out text")
-    console.print(f"[dim]{escape(opening)}[/dim]{escape(sample.rstrip())}")
+    if sample:
+        console.print("\n[bold]a sample[/bold], going on from the first words of the held-out text")
+        console.print(f"[dim]{escape(opening)}[/dim]{escape(sample.rstrip())}")
     console.print("\n[bold]next[/bold]")
+    if shutil.which("moetrain") is None:
+        console.print(f"  . {escape(str(Path(sys.executable).parent / 'activate'))}    # so that moetrain is found")
     console.print(
         f'  moetrain sample run_dir={shlex.quote(str(run_dir))} prompt="The state of the Union is"', markup=False
     )
@@ -164,13 +176,19 @@ def recorded_dense(run: RunConfig) -> float | None:
     """Held-out bits per byte of the dense twin of a run, recorded once; None for settings nobody recorded."""
     recorded = json.loads((Path(__file__).parent / RECORDED).read_text())["dense_bits_per_byte"]
     value = recorded.get(training_digest(run))
-    return None if value is None else float(value)
+    sparse, dense = count_parameters(run.model), count_parameters(replace(run.model, moe=None))
+    # of one active size but for the router, which the dense twin has not
+    same_size = sparse.active - sparse.router == dense.active
+    return float(value) if value is not None and same_size else None
 
 
-def _flops(steps: list[dict[str, Any]]) -> str:
-    rates = sorted(line["flops_per_second"] for line in steps)
-    text = f"{rates[len(rates) // 2] / 1e9:,.0f} GFLOP/s of model arithmetic"
-    mfu = steps[-1].get("mfu")
+def _speed_text(steps: list[dict[str, Any]]) -> str:
+    def middle(name: str) -> float | None:
+        values = [line[name] for line in steps if line.get(name) is not None]
+        return statistics.median(values) if values else None
+
+    flops, mfu = middle("flops_per_second"), middle("mfu")
+    text = f"{middle('tokens_per_second') or 0:,.0f} tokens/s, {(flops or 0) / 1e9:,.0f} GFLOP/s of model arithmetic"
     return text if mfu is None else f"{text}, MFU {mfu:.1%}"
 
 
@@ -179,4 +197,4 @@ def _load_text(final: dict[str, Any]) -> str:
     worst = max(range(len(fullest)), key=fullest.__getitem__)
     idle = sum(share == 0 for layer in final["held_out_load"] for share in layer)
     rest = "every expert in use" if idle == 0 else f"{idle} experts without a token"
-    return f"fullest expert {fullest[worst]:.2f}x the mean (MoE layer {worst + 1} of {len(fullest)}); {rest}"
+    return f"fullest expert {fullest[worst]:.2f}x the mean (MoE layer {worst}); {rest}"

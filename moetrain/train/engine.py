@@ -42,7 +42,8 @@ def deepspeed_config(
         "gradient_predivide_factor": 1.0,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": dtype == "bf16"},
+        "gradient_allreduce_op": "mean",
+        "bf16": {"enabled": dtype == "bf16", "immediate_grad_update": True, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": zero_stage,
@@ -52,6 +53,7 @@ def deepspeed_config(
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "round_robin_gradients": False,
+            "compute_grad_norm": True,
         },
         # the optimizer is torch's fused AdamW: it needs no compiler at run time, and is not on DeepSpeed's list
         "zero_allow_untested_optimizer": True,

@@ -56,10 +56,14 @@ def evaluate(
     was_training = gpt.training
     gpt.eval()
     for batch in batches:
-        tokens, targets = (torch.from_numpy(each).to(device) for each in (batch.tokens, batch.targets))
+        # rows of padding keep the number of batches even between ranks; a pass with one row does that as well, and
+        # what is not text must not be counted as load
+        real = max(1, int((batch.targets != NOT_COUNTED).any(axis=1).sum()))
+        is_text = bool((batch.targets[0] != NOT_COUNTED).any())
+        tokens, targets = (torch.from_numpy(each[:real]).to(device) for each in (batch.tokens, batch.targets))
         summed, loads = negative_log_likelihood(gpt, tokens, targets)
         total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
-        if meter is not None:
+        if meter is not None and is_text:
             for layer, load in enumerate(loads):
                 meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
                           tokens=tokens.numel(), balance=load.balance, z=load.z)  # fmt: skip

@@ -19,7 +19,6 @@ class StopRequest:
     def __init__(self, control: dist.ProcessGroup) -> None:
         self._control = control
         self._asked = False
-        self.agreed = False
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self._remember)
 
@@ -27,8 +26,7 @@ class StopRequest:
         """Whether to stop now. Every rank must ask after every step."""
         flag = torch.tensor([int(self._asked)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
-        self.agreed = bool(flag.item())
-        return self.agreed
+        return bool(flag.item())
 
     def _remember(self, number: int, frame: types.FrameType | None) -> None:
         self._asked = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,26 @@ from moetrain.train.loop import StepResult, TrainState
 
 Record = Callable[[dict[str, Any]], None]
 """Takes one line of metrics; does nothing on every rank but the first."""
+
+
+class Clock:
+    """Time spent on training steps alone."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, without the pauses."""
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        begun = time.monotonic()
+        yield
+        self._since += time.monotonic() - begun
 
 
 def load_fields(load: LoadReport) -> dict[str, Any]:
@@ -52,18 +73,20 @@ class LogHook:
         group: dist.ProcessGroup,
         record: Record,
         bar: WorkBar,
+        clock: Clock,
     ) -> None:
-        self._every, self._steps = every_steps, steps
+        self._every, self._steps, self._clock = every_steps, steps, clock
         self._speed, self._meter, self._group = speed, meter, group
         self._record, self._bar = record, bar
         self._losses: list[Tensor] = []
         self._result: StepResult | None = None
         self._note = ""
-        self._since, self._tokens_then = time.monotonic(), 0
+        self._tokens_then = 0
 
     def start(self, state: TrainState) -> None:
         """Begin the clock, after everything is built and loaded."""
-        self._since, self._tokens_then = time.monotonic(), state.tokens
+        self._clock.lap()
+        self._tokens_then = state.tokens
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         self._result = result
@@ -88,9 +111,8 @@ class LogHook:
         dist.all_reduce(losses, group=self._group)
         step_losses = (losses / dist.get_world_size(self._group)).tolist()
         self._losses.clear()
-        now = time.monotonic()
-        speed = self._speed.update(state.tokens - self._tokens_then, now - self._since)
-        self._since, self._tokens_then = now, state.tokens
+        speed = self._speed.update(state.tokens - self._tokens_then, self._clock.lap())
+        self._tokens_then = state.tokens
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -106,7 +128,7 @@ class LogHook:
         if self._meter is not None:
             load = self._meter.read(self._group)
             line |= load_fields(load)
-            note += f"  fullest expert {max(load.max_over_mean):.2f}x"
+            note += f"  load {max(load.max_over_mean):.2f}x"
         self._record(line)
         self._note = note
         if any(loss != loss or loss == float("inf") for loss in step_losses):
@@ -120,15 +142,23 @@ class EvaluateHook:
     """Held-out loss every few steps; the end of the run is evaluated by the worker, on all held-out text."""
 
     def __init__(
-        self, *, every_steps: int | None, steps: int, evaluate: Callable[[], Evaluation], record: Record, bar: WorkBar
+        self,
+        *,
+        every_steps: int | None,
+        steps: int,
+        evaluate: Callable[[], Evaluation],
+        record: Record,
+        bar: WorkBar,
+        clock: Clock,
     ) -> None:
-        self._every, self._steps, self._evaluate = every_steps, steps, evaluate
+        self._every, self._steps, self._evaluate, self._clock = every_steps, steps, evaluate, clock
         self._record, self._bar = record, bar
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if self._every is None or state.step % self._every or state.step == self._steps:
             return
-        found = self._evaluate()
+        with self._clock.pause():
+            found = self._evaluate()
         self._record(evaluation_fields(found, state=state))
         self._bar.say(
             f"step {state.step:>6,}   held-out loss {found.loss:.4f}   perplexity {found.perplexity:,.1f}   "
@@ -156,8 +186,8 @@ class SaveHook:
     """A checkpoint every few steps or minutes, and at the end.
 
     Args:
-        flush: writes the pending line of metrics. A line never spans a checkpoint, so that the lines of an
-            interrupted and resumed run equal those of an unbroken one.
+        flush: writes the pending line of metrics. A line never spans a checkpoint, so that the losses of an
+            interrupted and resumed run, put one after the other, are those of an unbroken one.
     """
 
     def __init__(
@@ -169,7 +199,9 @@ class SaveHook:
         flush: Callable[[TrainState], None],
         save: Callable[[TrainState], None],
         control: dist.ProcessGroup,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._every_steps, self._every_minutes, self._steps = every_steps, every_minutes, steps
         self._flush, self._save, self._control = flush, save, control
         self._last = time.monotonic()
@@ -185,7 +217,8 @@ class SaveHook:
         if self._saved_step == state.step:
             return
         self._flush(state)
-        self._save(state)
+        with self._clock.pause():
+            self._save(state)
         self._saved_step, self._last = state.step, time.monotonic()
 
     def _is_time(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import sys
 import traceback
@@ -23,12 +24,13 @@ from torch import Tensor
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint import store
 from moetrain.config.checks import in_steps, steps_in_run
-from moetrain.config.freeze import read_run, to_dict
-from moetrain.config.routers import resolve_router
-from moetrain.config.schema import MoEConfig, RunConfig
+from moetrain.config.freeze import freeze, read_run, to_dict
+from moetrain.config.identity import differences, is_fixed
+from moetrain.config.routers import loss_weights
+from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.loader import Batches, held_out_batches
-from moetrain.errors import MoetrainError
+from moetrain.errors import CheckpointError, MoetrainError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.log import MetricsLog, open_wandb
@@ -42,7 +44,7 @@ from moetrain.plan.flops import flops_per_token
 from moetrain.train.engine import Engine, deepspeed_config
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import StopRequest
-from moetrain.train.hooks import EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
+from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, TrainState, train
 from moetrain.train.schedule import Schedule
 
@@ -105,6 +107,9 @@ def run_rank(run_dir: Path) -> bool:
     parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
     state, resumed_from = _restore(parts)
 
+    if parts.is_first:
+        # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
+        logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
     log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
     wandb = (
         open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name), config=to_dict(run))
@@ -135,6 +140,7 @@ def _train(
     parts: Parts, state: TrainState, *, evaluator: _Evaluator, stop: StopRequest, record: Record, bar: WorkBar
 ) -> None:
     run, groups, sizes = parts.run, parts.groups, parts.sizes
+    clock = Clock()
     log = LogHook(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
@@ -143,9 +149,15 @@ def _train(
         group=groups.world,
         record=record,
         bar=bar,
+        clock=clock,
     )
     evaluation = EvaluateHook(
-        every_steps=run.evaluate.every_steps, steps=sizes.steps, evaluate=evaluator.some_of_it, record=record, bar=bar
+        every_steps=run.evaluate.every_steps,
+        steps=sizes.steps,
+        evaluate=evaluator.some_of_it,
+        record=record,
+        bar=bar,
+        clock=clock,
     )
     save = SaveHook(
         every_steps=run.checkpoint.every_steps,
@@ -154,6 +166,7 @@ def _train(
         flush=log.flush,
         save=_saver(parts, warn=bar.say),
         control=groups.control,
+        clock=clock,
     )
     plan = Plan(
         steps=sizes.steps,
@@ -185,7 +198,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         ),
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)
-    objective = Objective(gpt, loss_weights=_loss_weights(moe))
+    objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
     config = deepspeed_config(
         micro_batch=sizes.micro_batch,
         accumulation=sizes.accumulation,
@@ -203,18 +216,6 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
     return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
 
 
-def _loss_weights(moe: MoEConfig | None) -> dict[str, float]:
-    if moe is None:
-        return {}
-    settings = resolve_router(moe)
-    return {
-        "balance": settings.balance_weight or 0.0,
-        "z": settings.z_weight or 0.0,
-        "importance": settings.importance_weight or 0.0,
-        "load": settings.load_weight or 0.0,
-    }
-
-
 def _restore(parts: Parts) -> tuple[TrainState, str]:
     """Fill the engine from the newest whole checkpoint, if there is one; every rank takes the same one."""
 
@@ -222,18 +223,33 @@ def _restore(parts: Parts) -> tuple[TrainState, str]:
         print(f"warning: {message}", flush=True)
 
     # one rank reads and digests for all: they must not come to different answers
-    found: list[Any] = [None]
+    found: list[Any] = [None, None]
     if parts.is_first:
         newest = checkpoint_state.newest_whole(parts.run_dir / "checkpoints", warn=warn)
         if newest is not None:
-            found = [(str(newest[0]), newest[1].step, newest[1].tokens)]
+            directory, manifest = newest
+            foreign = _foreign(manifest, parts)
+            found = [(str(directory), manifest.step, manifest.tokens), foreign and f"{directory} {foreign}"]
     torch.distributed.broadcast_object_list(found, src=0, group=parts.groups.control)
+    if found[1]:
+        raise CheckpointError(f"{found[1]}; set it back, or choose another name=… or run_dir=… for another run")
     if found[0] is None:
         return TrainState(), ""
     directory, step, tokens = found[0]
     checkpoint_state.load(Path(directory), parts.engine.fragments(), group=parts.groups.control)
     parts.engine.loaded(step=step)
     return TrainState(step=step, tokens=tokens), directory
+
+
+def _foreign(manifest: store.Manifest, parts: Parts) -> str:
+    """Why a checkpoint is not one of this run; empty when it is."""
+    now = parts.prepared.digests()
+    other = [name for name in now if manifest.data.get(name) != now[name]]
+    if other:
+        return f"was trained on other data: {', '.join(other)} has changed since"
+    before = freeze(manifest.run)
+    fixed = {name: values for name, values in differences(before, parts.run).items() if is_fixed(name)}
+    return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in fixed.items())
 
 
 def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState], None]:
@@ -247,6 +263,7 @@ def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState
             world_size=topology.world_size,
             expert_parallel=topology.expert_parallel,
             run=to_dict(parts.run),
+            data=parts.prepared.digests(),
             files=[],
         )
         checkpoint_state.save(root, parts.engine.fragments(), manifest=manifest, group=parts.groups.control)

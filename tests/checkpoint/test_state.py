@@ -64,7 +64,7 @@ def fragments(held: dict[str, tuple[int, int]], *, step: int = 1) -> list[Fragme
 
 
 def manifest(step: int) -> store.Manifest:
-    return store.Manifest(step=step, tokens=0, seed=0, world_size=2, expert_parallel=1, run={}, files=[])
+    return store.Manifest(step=step, tokens=0, seed=0, world_size=2, expert_parallel=1, run={}, data={}, files=[])
 
 
 def assert_loaded(held: dict[str, tuple[int, int]], found: list[Fragment], *, step: int = 1) -> None:

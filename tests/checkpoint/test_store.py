@@ -33,7 +33,9 @@ def save(root: Path, step: int, *, content: str = "") -> Path:
 
 
 def manifest(step: int, *, files: list[store.FileDigest]) -> Manifest:
-    return Manifest(step=step, tokens=10 * step, seed=1, world_size=2, expert_parallel=2, run={"a": [1]}, files=files)
+    return Manifest(
+        step=step, tokens=10 * step, seed=1, world_size=2, expert_parallel=2, run={"a": [1]}, data={}, files=files
+    )
 
 
 def newest(root: Path) -> tuple[int, str] | None:

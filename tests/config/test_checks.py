@@ -60,7 +60,7 @@ def test_the_defaults_are_usable():
 # settings that break a rule; what the message says; settings the message names as ways out
 RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     (
-        {"model.d_model": 250, "model.num_heads": 4},
+        {"model.moe": None, "model.d_model": 250, "model.num_heads": 4},
         "model.d_model is 250, but must be a multiple of model.num_heads, 4: "
         "use 248 or 252, another number of heads, or set model.d_head",
         [
@@ -103,7 +103,17 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     (
         {"model.dtype": "bf16", "model.moe.d_expert": 513},
         "model.moe.d_expert is 513, but must be a multiple of 8 for an MoE model in bf16: use 520",
-        [{"model.moe.d_expert": 520}, {"model.dtype": "fp32"}],
+        [{"model.moe.d_expert": 520}],
+    ),
+    (
+        {"model.moe.d_expert": 514},
+        "model.moe.d_expert is 514, but must be a multiple of 4 for an MoE model in fp32: use 516",
+        [{"model.moe.d_expert": 516}],
+    ),
+    (
+        {"schedule.steps": 20},
+        "schedule.warmup_steps is 30, but must be less than schedule.steps, 20, or the run ends in its warm-up: use 2",
+        [{"schedule.warmup_steps": 2}, {"schedule.steps": 200}],
     ),
     (
         {"model.dtype": "bf16", "model.d_ff": 1020},
@@ -177,7 +187,7 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     (
         {"schedule.steps": None},
         "schedule.steps and schedule.tokens are both null, but one must say how long the run is: set one",
-        [{"schedule.steps": 5}, {"schedule.tokens": 5000}],
+        [{"schedule.steps": 50}, {"schedule.tokens": 5000}],
     ),
     (
         {"schedule.decay_steps": 10},

@@ -213,7 +213,7 @@ def test_a_checkpoint_gives_back_the_model_that_was_saved(router, tmp_path, alon
     saved = dict(gpt.named_parameters()) | gpt.router_state()
     assert len(gpt.router_state()) == (2 if router == "sigmoid_bias" else 0)
     fragments = [state.Fragment(f"{n}/fp32", p.detach().view(-1), 0, p.numel()) for n, p in saved.items()]
-    manifest = store.Manifest(step=3, tokens=0, seed=0, world_size=1, expert_parallel=1, run={}, files=[])
+    manifest = store.Manifest(step=3, tokens=0, seed=0, world_size=1, expert_parallel=1, run={}, data={}, files=[])
     state.save(tmp_path / "checkpoints", fragments, manifest=manifest, group=alone)
     found, loaded = load_model(tmp_path, warn=pytest.fail)
     assert found == run

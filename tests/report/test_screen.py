@@ -19,7 +19,9 @@ from moetrain.config.schema import MoEConfig, RunConfig, ScheduleConfig
 from moetrain.report import screen
 from moetrain.report.screen import Baselines, config_text, is_finished, last_screen, recorded_dense
 
-RUN = resolve(freeze({"name": "a", "schedule": {"steps": 20}}), default_processes=2)
+RUN = resolve(
+    freeze({"name": "a", "schedule": {"steps": 20}, "model": {"moe": {"d_expert": 512}}}), default_processes=2
+)
 DENSE = replace(RUN, model=replace(RUN.model, moe=None))
 STEP = {"step": 20, "tokens": 81_920, "tokens_per_second": 1000.0, "flops_per_second": 2e9, "mfu": None}
 FINAL = {
@@ -99,7 +101,7 @@ def test_the_end_of_a_run_says_what_it_reached_and_what_next(tmp_path, capsys, m
         "byte trigram",
         "2.7500",
         "2.9000",
-        "fullest expert 1.80x the mean (MoE layer 2 of 2); 1 experts without a token",
+        "fullest expert 1.80x the mean (MoE layer 1); 1 experts without a token",
         "[bold]once[/bold] [x]",  # a model may write anything: none of it is ours to interpret
         f"moetrain sample run_dir='{run_dir}' prompt=",
         "1,000 tokens/s, 2 GFLOP/s",
@@ -121,5 +123,6 @@ def test_the_recorded_dense_twin_is_found_by_what_decides_the_training(tmp_path,
     recorded.write_text(json.dumps({"dense_bits_per_byte": {training_digest(DENSE): 2.25}}))
     monkeypatch.setattr(screen, "RECORDED", recorded)
     assert recorded_dense(RUN) == 2.25
-    assert recorded_dense(replace(RUN, model=replace(RUN.model, moe=MoEConfig(num_experts=64)))) == 2.25
+    assert recorded_dense(replace(RUN, model=replace(RUN.model, moe=MoEConfig(num_experts=64, d_expert=512)))) == 2.25
+    assert recorded_dense(replace(RUN, model=replace(RUN.model, moe=MoEConfig(top_k=4, d_expert=512)))) is None
     assert recorded_dense(replace(RUN, seed=2)) is None

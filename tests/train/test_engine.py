@@ -144,7 +144,7 @@ def train_rank(rank: int, layouts: list[Layout]):
     [
         (1, [Layout(), Layout(stage=0, accumulation=4)]),
         (2, [Layout(expert_parallel=2, stage=0), Layout(expert_parallel=2, accumulation=2), Layout(clip=0.0),
-             Layout(expert_parallel=2, stage=2),
+             Layout(expert_parallel=2, stage=2, accumulation=2), Layout(expert_parallel=2, stage=0, accumulation=2),
              Layout(expert_parallel=2, accumulation=2, model="loss_free"), Layout(stage=0, model="loss_free")]),
         (4, [Layout(expert_parallel=2, stage=2), Layout(expert_parallel=4, accumulation=2),
              Layout(expert_parallel=2, stage=0)]),
@@ -185,7 +185,7 @@ def save_rank(rank: int, root: str, layout: Layout):
     engine, groups = make_engine(rank, layout)
     run_steps(engine, rank, accumulation=1, first=0, last=2)
     manifest = Manifest(step=2, tokens=0, seed=1, world_size=dist.get_world_size(),
-                        expert_parallel=layout.expert_parallel, run={}, files=[])  # fmt: skip
+                        expert_parallel=layout.expert_parallel, run={}, data={}, files=[])  # fmt: skip
     checkpoint_state.save(Path(root), engine.fragments(), manifest=manifest, group=groups.control)
     losses, norms = run_steps(engine, rank, accumulation=1, first=2, last=STEPS)
     return {"losses": losses, "norms": norms, "tensors": whole_tensors(engine)}

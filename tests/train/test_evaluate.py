@@ -1,0 +1,56 @@
+"""Held-out loss and load against a plain loop over the text, window by window, without any padding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.data.loader import held_out_batches
+from moetrain.metrics.load import LoadMeter
+from moetrain.model.build import build_model, initialize
+from moetrain.train.evaluate import evaluate
+
+MODEL = ModelConfig(vocab_size=50, context=8, d_model=16, num_layers=2, num_heads=2, d_ff=32,
+                    moe=MoEConfig(num_experts=4, d_expert=16))  # fmt: skip
+LENGTH = 8
+# 13 whole windows: 2 ranks x 3 rows leave rows of padding over, on both ranks
+TOKENS = np.random.default_rng(0).integers(0, 50, size=13 * LENGTH + 1, dtype=np.int64)
+
+
+def model():
+    gpt = build_model(MODEL)
+    initialize(gpt, init_std=0.3, seed=3)
+    return gpt
+
+
+def evaluate_rank(rank: int):
+    batches = held_out_batches(TOKENS, sequence_length=LENGTH, rank=rank, world_size=2, micro_batch=3,
+                               max_sequences=None)  # fmt: skip
+    calls = []
+    found = evaluate(model(), batches, bytes_per_token=2.0, meter=LoadMeter(2, 4, "cpu"), device=torch.device("cpu"),
+                     group=dist.group.WORLD, on_batch=lambda: calls.append(1))  # fmt: skip
+    return {"loss": found.loss, "bits": found.bits_per_byte, "tokens": found.tokens, "share": found.load.share,
+            "calls": len(calls)}  # fmt: skip
+
+
+def test_two_ranks_find_the_loss_and_load_of_a_loop_over_the_text(ranks):
+    gpt = model().eval()
+    summed, counts = 0.0, torch.zeros(2, 4)
+    for start in range(0, len(TOKENS) - 1, LENGTH):
+        window = torch.from_numpy(TOKENS[start : start + LENGTH + 1])
+        output = gpt(window[None, :-1])
+        log_prob = output.logit_BSV[0].double().log_softmax(-1)
+        summed -= sum(log_prob[i, window[i + 1]].item() for i in range(LENGTH))
+        counts += torch.stack([layer.load.count_E for layer in output.moe])
+    expected_loss = summed / (len(TOKENS) - 1)
+    for found in ranks(2, evaluate_rank):
+        assert found["tokens"] == len(TOKENS) - 1
+        assert found["loss"] == pytest.approx(expected_loss, rel=1e-6)
+        assert found["bits"] == pytest.approx(expected_loss / math.log(2) / 2.0, rel=1e-6)
+        torch.testing.assert_close(torch.tensor(found["share"]), counts / counts.sum(1, keepdim=True))
+        assert found["calls"] == 3
