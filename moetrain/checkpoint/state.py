@@ -3,7 +3,7 @@
 Every rank holds contiguous intervals of flattened global tensors (experts lead their tensor, so a rank's experts are
 one interval, and so is a ZeRO share of them). A checkpoint stores those intervals under global names, through
 torch.distributed.checkpoint; any other layout reads the intervals it needs. Names are ``PARAMETER/fp32``,
-``PARAMETER/exp_avg`` and ``PARAMETER/exp_avg_sq``.
+``PARAMETER/exp_avg`` and ``PARAMETER/exp_avg_sq``, and ``NAME/state`` for what routers keep beside their parameters.
 """
 
 from __future__ import annotations

@@ -11,10 +11,9 @@ from tokenizers import Tokenizer
 from moetrain.checkpoint.state import Fragment, load, newest_whole
 from moetrain.config.freeze import read_run
 from moetrain.config.schema import RunConfig
-from moetrain.data.corpus import open_prepared
 from moetrain.data.tokenizer import end_of_text, vocabulary_size
 from moetrain.errors import CheckpointError
-from moetrain.model.build import build_model, expert_table
+from moetrain.model.build import build_model
 from moetrain.model.gpt import GPT
 
 
@@ -29,15 +28,11 @@ def load_model(run_dir: Path, *, warn: Callable[[str], None]) -> tuple[RunConfig
     if newest is None:
         raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
 
-    def frequency() -> torch.Tensor:
-        train = open_prepared(Path(str(run.data.prepared))).train
-        return torch.from_numpy(train.frequencies(run.model.vocab_size))
-
-    gpt = build_model(run.model, expert_V=expert_table(run.model, seed=run.seed, frequency=frequency))
-    fragments = [
-        Fragment(f"{name}/fp32", tensor.detach().view(-1), 0, tensor.numel())
-        for name, tensor in (*gpt.named_parameters(), *gpt.router_state().items())
-    ]
+    # a hash router's table comes with the checkpoint; until then it only needs its size
+    gpt = build_model(run.model, expert_V=torch.zeros(run.model.vocab_size, dtype=torch.int64))
+    tensors = {f"{name}/fp32": parameter.detach() for name, parameter in gpt.named_parameters()}
+    tensors |= {f"{name}/state": state for name, state in gpt.router_state().items()}
+    fragments = [Fragment(name, tensor.view(-1), 0, tensor.numel()) for name, tensor in tensors.items()]
     load(newest[0], fragments, group=None)
     return run, gpt.eval()
 

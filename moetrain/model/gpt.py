@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moetrain.model.attention import Attention, rotation
 from moetrain.model.ffn import FeedForward
+from moetrain.moe.assign import HashRouter
 from moetrain.moe.layer import MoELayer, MoEOutput
 from moetrain.moe.router import SigmoidBiasRouter
 from moetrain.moe.routing import Choice
@@ -97,11 +98,18 @@ class GPT(nn.Module):
 
     def router_state(self) -> dict[str, Tensor]:
         """State of the routers that no optimizer holds, by global name; the same on every rank."""
-        return {
-            f"{name}.bias_E": module.bias_E
-            for name, module in self.named_modules()
-            if isinstance(module, SigmoidBiasRouter)
-        }
+        state = {}
+        for name, module in self.named_modules():
+            if isinstance(module, SigmoidBiasRouter):
+                state[f"{name}.bias_E"] = module.bias_E
+            elif isinstance(module, HashRouter):
+                state[f"{name}.expert_V"] = module.expert_V
+        return state
+
+    @property
+    def wants_counts(self) -> bool:
+        """Whether any router asks for ``after_step``."""
+        return any(isinstance(module, SigmoidBiasRouter) for module in self.modules())
 
     def after_step(self, counts: list[Tensor]) -> None:
         """Let the routers that ask for it see the load of the global batch, [E] for each MoE block."""

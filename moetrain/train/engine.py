@@ -105,7 +105,7 @@ class Engine:
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses = self._engine(token_BS, target_BS)
-        if self.gpt.router_state():
+        if self.gpt.wants_counts:
             counts = torch.stack([load.count_E for load in losses.load])
             self._counts = counts if self._counts is None else self._counts + counts
         self._engine.backward(losses.total)
@@ -151,7 +151,7 @@ class Engine:
                 yield Fragment(f"{name}/{kind}", view, base + offset, numel_here * ranks)
 
         for name, state in self.gpt.router_state().items():
-            yield Fragment(f"{name}/fp32", state.view(-1), 0, state.numel())
+            yield Fragment(f"{name}/state", state.view(-1), 0, state.numel())
 
     def loaded(self, *, step: int) -> None:
         """Take over what a load has put into the views of ``fragments``."""

@@ -65,7 +65,7 @@ def plain_loop(*, accumulation: int, clip: float = CLIP, steps: int = STEPS, mod
                 b + 0.02 * ((sum(count) / 4 > c) - (sum(count) / 4 < c)) for b, c in zip(bias, count, strict=True)
             ]
             gpt.get_submodule(name).bias_E = torch.tensor(bias)
-    tensors = {f"{name}.bias_E/fp32": torch.tensor(bias) for name, bias in biases.items()}
+    tensors = {f"{name}.bias_E/state": torch.tensor(bias) for name, bias in biases.items()}
     for name, parameter in gpt.named_parameters():
         state = adamw.state[parameter]
         tensors[f"{name}/fp32"] = parameter.detach().flatten()
@@ -159,7 +159,7 @@ def test_every_layout_trains_as_a_plain_loop_does(ranks, world_size, layouts):
         assert found["tensors"].keys() == expected["tensors"].keys()
         assert_near(found["tensors"], expected["tensors"], what=str(layout))
         if layout.model == "loss_free":
-            biases = [tensor for name, tensor in found["tensors"].items() if name.endswith("bias_E/fp32")]
+            biases = [tensor for name, tensor in found["tensors"].items() if name.endswith("bias_E/state")]
             assert len(biases) == 2
             assert all(tensor.abs().max() > 0.03 for tensor in biases), "the load was skewed, and the biases moved"
     assert answer["built"] == [], "the engine compiled something; a lock left by a killed build would hang later runs"
@@ -231,7 +231,7 @@ def test_a_resumed_engine_goes_on_with_the_biases_that_no_optimizer_holds(ranks,
         unbroken, resumed = found["unbroken"], found["resumed"]
         assert resumed["losses"] == unbroken["losses"]
         assert all(torch.equal(resumed["tensors"][name], tensor) for name, tensor in unbroken["tensors"].items())
-        biases = [tensor for name, tensor in resumed["tensors"].items() if name.endswith("bias_E/fp32")]
+        biases = [tensor for name, tensor in resumed["tensors"].items() if name.endswith("bias_E/state")]
         assert len(biases) == 2
         for bias in biases:
             steps = bias / 0.02
