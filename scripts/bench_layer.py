@@ -39,7 +39,7 @@ def make_layer(*, num_experts: int, top_k: int, dtype: torch.dtype) -> MoELayer:
 
 def layer_step(layer: MoELayer, x: Tensor) -> None:
     output = layer(x)
-    (output.hidden_TD.float().sum() + output.balance_loss + output.z_loss).backward()
+    (output.hidden_TD.float().sum() + output.losses["balance"] + output.losses["z"]).backward()
 
 
 def dense_step(block: FeedForward, x: Tensor) -> None:
