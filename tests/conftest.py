@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -126,6 +127,9 @@ def _rank_main(
             # a rank that left early would break the collectives of those behind it
             dist.barrier()
             dist.destroy_process_group()
+        # the result is on disk: threads that a library left behind could still abort the interpreter's own clean-up
+        sys.stdout.flush()
+        os._exit(0)
     except BaseException:
         # named by the clock: a failing rank breaks the others, and only the first says why
         (directory / f"{time.monotonic_ns():020d}.traceback").write_text(f"rank {rank}:\n{traceback.format_exc()}")
