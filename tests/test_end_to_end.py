@@ -170,7 +170,8 @@ def test_a_request_to_stop_saves_and_the_same_command_goes_on(place, unbroken):
     process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, errors
-    assert "goes on from here" in output
+    assert "saved at step" in output
+    assert "stopped on request; the same command goes on" in output
     done = run(place, "stopped")
     assert done.returncode == 0, done.stderr
     assert losses(place, "stopped") == losses(place, "unbroken")

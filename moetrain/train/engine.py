@@ -91,6 +91,8 @@ class Engine:
         self._groups, self._clip = groups, clip
         self._stage: int = config["zero_optimization"]["stage"]
         self.gpt = objective.gpt
+        # asked once: it walks through all modules
+        self._wants_counts = self.gpt.wants_counts
         self._counts: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
@@ -105,7 +107,7 @@ class Engine:
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses = self._engine(token_BS, target_BS)
-        if self.gpt.wants_counts:
+        if self._wants_counts:
             counts = torch.stack([load.count_E for load in losses.load])
             self._counts = counts if self._counts is None else self._counts + counts
         self._engine.backward(losses.total)

@@ -181,7 +181,7 @@ def _train(
     train(parts.engine, plan=plan, state=state, rank=groups.topology.rank)
     if state.step < sizes.steps:
         save.save(state)
-        bar.say(f"stopped on request at step {state.step:,}, and saved; the same command goes on from here")
+        bar.say(f"saved at step {state.step:,}")
 
 
 def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Prepared) -> Engine:
