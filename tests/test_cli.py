@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 import moetrain
-from moetrain import cli
+from moetrain.cli import main as cli
+from moetrain.cli import model
+from moetrain.cli.options import Options, settings
 from moetrain.compose import compose
 from moetrain.config.checks import resolve
 from moetrain.config.freeze import freeze, read_run, to_dict, write_run
@@ -90,7 +92,7 @@ class TestHelp:
 
     def test_help_comes_at_once_and_without_the_large_libraries(self):
         code = (
-            "import sys; from moetrain.cli import main; code = main(['--help']); "
+            "import sys; from moetrain.cli.main import main; code = main(['--help']); "
             "print(sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr); sys.exit(code)"
         )
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -123,7 +125,7 @@ class TestHelp:
         assert moetrain_in_process(word).stdout == f"moetrain {moetrain.__version__}\n"
 
     def test_every_example_of_the_help_is_usable(self, moetrain_in_process):
-        texts = [cli.HELP, *(text for _, text in cli.VERBS.values())]
+        texts = [cli.EXAMPLES, *(verb.load(name)[1] for name, verb in cli.VERBS.items())]
         lines = [
             line.split("   ")[0].strip() for text in texts for line in text.splitlines() if line[:11] == "  moetrain "
         ]
@@ -140,7 +142,7 @@ class TestHelp:
 class TestWords:
     def test_an_unknown_verb_is_told_with_those_there_are(self, moetrain_in_process):
         done = moetrain_in_process("tran")
-        assert_told(done, "there is no verb 'tran': use train, prepare, sample, config; see moetrain --help")
+        assert_told(done, "there is no verb 'tran': use train, prepare, config, sample; see moetrain --help")
 
     @pytest.mark.parametrize("verb", ["train", "prepare", "config"])
     def test_an_unknown_option_is_told(self, moetrain_in_process, verb):
@@ -200,7 +202,7 @@ class TestConfig:
     def test_what_is_shown_are_the_settings(self, moetrain_in_process, words):
         done = moetrain_in_process("config", *words, "launch.processes=2")
         assert (done.returncode, done.stderr) == (0, "")
-        run, _ = cli._settings(cli._Options.read([*words, "launch.processes=2"]))
+        run, _ = settings(Options.read([*words, "launch.processes=2"]))
         assert freeze(yaml.safe_load(done.stdout)) == run
 
     def test_each_value_says_where_it_comes_from(self, moetrain_in_process):
@@ -353,7 +355,7 @@ class TestSample:
             asked.update(wanted)
             return [" and", " so on"]
 
-        monkeypatch.setattr(cli, "_sample", answer)
+        monkeypatch.setattr(model, "write_on", answer)
         words = ("run_dir=runs/a b", f"prompt={prompt}", "temperature=1e-1", "max_tokens=7", "seed=3")
         done = moetrain_in_process("sample", *words)
         assert (done.returncode, done.stdout) == (0, f"{prompt} and so on\n")

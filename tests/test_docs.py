@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.cli import main
+from moetrain.cli.main import main
 from moetrain.compose import compose, presets
 from moetrain.config.freeze import freeze
 from moetrain.plan.flops import count_parameters, format_count

@@ -274,7 +274,8 @@ def test_an_installed_wheel_works_in_any_directory(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"),
                     str(wheel)], check=True, capture_output=True, timeout=LIMIT_SECONDS)  # fmt: skip
     script = (
-        "import moetrain, sys; from moetrain.cli import main; print(moetrain.__file__); sys.exit(main(sys.argv[1:]))"
+        "import moetrain, sys; from moetrain.cli.main import main; "
+        "print(moetrain.__file__); sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "config", "model=mixtral_8x7b"],

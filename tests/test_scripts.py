@@ -28,7 +28,7 @@ def test_the_comparison_of_routers_names_settings_that_pass_the_checks():
         from compare_routers import ROUTERS
     finally:
         sys.path.pop(0)
-    from moetrain.cli import main
+    from moetrain.cli.main import main
     from moetrain.config.routers import ROUTERS as THERE_ARE
 
     assert set(ROUTERS) == set(THERE_ARE) - {"balanced"}
