@@ -31,7 +31,7 @@ SHAPES = ((8, 2), (64, 2), (64, 8))
 def make_layer(*, num_experts: int, top_k: int, dtype: torch.dtype) -> MoELayer:
     experts = Experts(D_MODEL, d_expert=D_ACTIVE // top_k, activation="swiglu", global_ids=range(num_experts))
     router = TopKRouter(D_MODEL, num_experts=num_experts, top_k=top_k, renormalize=True)
-    layer = MoELayer(router, experts=experts, dispatcher=Dispatcher(None), balance_group=None)
+    layer = MoELayer(router, experts=experts, dispatcher=Dispatcher(None))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return layer.to(dtype)

@@ -17,7 +17,7 @@ CHOICES = {
     "model.moe.gate": ("sigmoid", "softmax"),
     "model.moe.hash_table": ("balanced", "random"),
     "model.moe.pooling": ("soft", "winner"),
-    "model.moe.balance_scope": ("all_ranks", "micro_batch", "sequence"),
+    "model.moe.balance_scope": ("global_batch", "micro_batch", "sequence"),
     "model.moe.drop": ("position", "probability"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rope", "learned"),

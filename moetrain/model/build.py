@@ -27,7 +27,6 @@ def build_model(
     *,
     local_experts: range | None = None,
     expert_group: dist.ProcessGroup | None = None,
-    world: dist.ProcessGroup | None = None,
     expert_V: Tensor | None = None,
 ) -> GPT:
     """The model without values in its weights; ``initialize`` gives them.
@@ -35,7 +34,6 @@ def build_model(
     Args:
         local_experts: global ids of the experts on this rank; None: all of them.
         expert_group: the ranks that share the experts; None when this rank holds all.
-        world: all ranks, over which the balance loss counts tokens; None: this rank alone.
         expert_V: the table of the hash router (``assign.hash_table``); None for the others.
     """
     moe = model.moe
@@ -44,7 +42,7 @@ def build_model(
         if moe is not None and (index + 1) % moe.every == 0:
             experts = range(moe.num_experts) if local_experts is None else local_experts
             feed_forward: FeedForward | MoELayer = _moe_layer(
-                model, moe, local_experts=experts, expert_group=expert_group, world=world, expert_V=expert_V
+                model, moe, local_experts=experts, expert_group=expert_group, expert_V=expert_V
             )
         else:
             feed_forward = FeedForward(model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias)
@@ -124,7 +122,6 @@ def _moe_layer(
     *,
     local_experts: range,
     expert_group: dist.ProcessGroup | None,
-    world: dist.ProcessGroup | None,
     expert_V: Tensor | None,
 ) -> MoELayer:
     d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
@@ -142,8 +139,7 @@ def _moe_layer(
             dropout=moe.dropout,
         ),
         dispatcher=Dispatcher(expert_group),
-        balance_group=world if moe.balance_scope == "all_ranks" else None,
-        balance_by_sequence=moe.balance_scope == "sequence",
+        balance_scope=moe.balance_scope,
         capacity=Capacity(
             factor=moe.capacity_factor,
             evaluation_factor=moe.evaluation_capacity_factor,

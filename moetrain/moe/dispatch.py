@@ -84,6 +84,7 @@ class Dispatcher:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
+        self.ranks = 1 if group is None else dist.get_world_size(group)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         copies = _sort(routing)
@@ -104,8 +105,7 @@ class Dispatcher:
         return _Gather.apply(y_ND, receipt.weight_TK.to(y_ND.dtype), receipt.copies)
 
     def _exchange(self, x_ND: Tensor, count_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Exchange]:
-        ranks = dist.get_world_size(group)
-        sent_Pe = count_E.view(ranks, -1)
+        sent_Pe = count_E.view(self.ranks, -1)
         received_Pe = torch.empty_like(sent_Pe)
         dist.all_to_all_single(received_Pe, sent_Pe.contiguous(), group=group)
         # one wait for the device, for both lists: the all-to-all's arguments must be on the host
@@ -113,7 +113,7 @@ class Dispatcher:
         x_rank_major = all_to_all_rows(x_ND, sent=sent, received=received, group=group)
 
         num_local = received_Pe.shape[1]
-        expert_R = torch.arange(num_local, device=x_ND.device).repeat(ranks)
+        expert_R = torch.arange(num_local, device=x_ND.device).repeat(self.ranks)
         expert_R = expert_R.repeat_interleave(received_Pe.flatten(), output_size=sum(received))
         order_R = expert_R.argsort(stable=True)
         position_R = _inverse(order_R)

@@ -91,9 +91,7 @@ class Engine:
         self._groups, self._clip = groups, clip
         self._stage: int = config["zero_optimization"]["stage"]
         self.gpt = objective.gpt
-        # asked once: it walks through all modules
-        self._wants_counts = self.gpt.wants_counts
-        self._counts: Tensor | None = None
+        self._count_LE: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
         adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
@@ -107,9 +105,9 @@ class Engine:
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses = self._engine(token_BS, target_BS)
-        if self._wants_counts:
-            counts = torch.stack([load.count_E for load in losses.load])
-            self._counts = counts if self._counts is None else self._counts + counts
+        if losses.load:
+            count_LE = torch.stack([load.chosen_E for load in losses.load])
+            self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
         self._engine.backward(losses.total)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; the optimizer steps at the boundary alone
@@ -128,10 +126,10 @@ class Engine:
             group["lr"] = lr
         norm = self._clip_ourselves() if self._stage == 0 else None
         self._engine.step()
-        if self._counts is not None:
-            dist.all_reduce(self._counts, group=self._groups.world)
-            self.gpt.after_step(list(self._counts))
-            self._counts = None
+        if self._count_LE is not None:
+            dist.all_reduce(self._count_LE, group=self._groups.world)
+            self.gpt.after_step(self._count_LE)
+            self._count_LE = None
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         if norm != norm or norm in (float("inf"), float("-inf")):
@@ -152,7 +150,7 @@ class Engine:
                 view = tensor.view(-1).narrow(0, start, numel)
                 yield Fragment(f"{name}/{kind}", view, base + offset, numel_here * ranks)
 
-        for name, state in self.gpt.router_state().items():
+        for name, state in self.gpt.moe_state().items():
             yield Fragment(f"{name}/state", state.view(-1), 0, state.numel())
 
     def loaded(self, *, step: int) -> None:

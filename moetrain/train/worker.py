@@ -190,7 +190,6 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
-        world=groups.world if world_size > 1 else None,
         expert_V=expert_table(
             run.model,
             seed=run.seed,

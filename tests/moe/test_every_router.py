@@ -46,7 +46,6 @@ def make_layer(
         make_router(name, training=training),
         experts=experts,
         dispatcher=Dispatcher(None),
-        balance_group=None,
         shared=shared,
         **settings,
     )
