@@ -249,6 +249,8 @@ class LogConfig:
 
     every_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
+    dead_after_steps: int = 100
+    """An expert that no token has chosen for this many steps is reported as dead."""
     wandb: str = "auto"
     """auto (online when logged in, else offline), online, offline or off."""
     wandb_project: str = "moetrain"

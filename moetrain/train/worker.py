@@ -145,7 +145,7 @@ def _train(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
         speed=_speed(run, groups=groups, sizes=sizes),
-        meter=_meter(run, groups.device),
+        meter=_meter(run, groups.device, dead_after=run.log.dead_after_steps),
         group=groups.world,
         record=record,
         bar=bar,
@@ -334,9 +334,9 @@ class _Evaluator:
         )
 
 
-def _meter(run: RunConfig, device: torch.device) -> LoadMeter | None:
-    moe = run.model.moe
-    return LoadMeter(run.model.num_layers // moe.every, moe.num_experts, device) if moe else None
+def _meter(run: RunConfig, device: torch.device, *, dead_after: int = 1) -> LoadMeter | None:
+    moe, layers = run.model.moe, run.model.num_layers
+    return LoadMeter(layers // moe.every, moe.num_experts, device, dead_after=dead_after) if moe else None
 
 
 def _speed(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Speed:
