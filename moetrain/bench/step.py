@@ -1,0 +1,329 @@
+"""`moetrain bench step`: a whole training step of a small GPT, with our layer and others', in turns in one process.
+
+Every model starts with the same weights and trains on the same random tokens: forward, backward and fused AdamW at a
+fixed learning rate; in bf16 the optimizer steps fp32 master weights and rounds them into the model, for all alike.
+Ours and DeepSpeed's layer sit in our GPT; `transformers`' Mixtral is its own. All add a balance loss of the same
+weight; only ours has a z-loss. Models that do exact work must give our scores before they are timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moetrain.moe.layer
+from moetrain.bench import peers
+from moetrain.bench.layer import TORCH_DTYPES, Tick
+from moetrain.bench.settings import STEP_CONTESTANTS, YARDSTICK, StepSettings, shapes, taking_part
+from moetrain.bench.table import MIB, Row
+from moetrain.bench.timing import Contestant, Measured, measure, rows_of, runs_of
+from moetrain.config.routers import loss_weights
+from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.metrics.load import LoadMeter
+from moetrain.model.build import build_model, initialize
+from moetrain.model.gpt import GPT
+from moetrain.model.objective import Objective
+from moetrain.moe.layer import Load
+from moetrain.plan.flops import flops_per_token
+
+LEARNING_RATE = 1e-4
+ERROR = {"fp32": 1e-3, "bf16": 3e-2}
+"""Norm of the difference over the norm, up to which two models' scores are the same: a rounding error that swaps two
+experts with nearly the same score changes the scores of that one token."""
+MATMUL = "matmul"
+MATMUL_SIDE = 1536
+"""The matmul whose rate counts as the machine's."""
+
+
+class Optimizer:
+    """Fused AdamW; of a model that is not in fp32, on fp32 master weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = list(model.parameters())
+        self.masters = [weight if weight.dtype == torch.float32 else weight.detach().float() for weight in self.weights]
+        self._adamw = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        # a step of gradients that are zero makes the moments, which then are there before anything is measured
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self._adamw.step()
+        self.clear()
+
+    def step(self) -> None:
+        if self.masters[0] is not self.weights[0]:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        self._adamw.step()
+        if self.masters[0] is not self.weights[0]:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.masters)
+
+    def clear(self) -> None:
+        for tensor in (*self.weights, *self.masters):
+            tensor.grad = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, master weights and moments."""
+        masters = sum(master.numel() * 4 for master in self.masters)
+        own = 0 if self.masters[0] is self.weights[0] else sum(w.numel() * w.element_size() for w in self.weights)
+        return own + 3 * masters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A contestant that trains a model."""
+
+    logits: Callable[[], Tensor]
+    """Scores of the next token, for the comparison before."""
+    run: Callable[[], object]
+    optimizer: Optimizer
+
+
+class Field:
+    """The models of one table's contestants; two that differ by a switch share one."""
+
+    def __init__(self, settings: StepSettings, *, dtype: str, experts: int, top_k: int, device: torch.device) -> None:
+        moe = MoEConfig(
+            router="top_k",
+            num_experts=experts,
+            top_k=top_k,
+            d_expert=settings.d_ff // top_k,
+            balance_scope="micro_batch",
+        )
+        self.config = ModelConfig(
+            vocab_size=settings.vocab,
+            context=settings.sequence,
+            num_layers=settings.layers,
+            num_heads=settings.heads,
+            d_model=settings.d_model,
+            d_ff=settings.d_ff,
+            dtype=dtype,
+            moe=moe,
+        )
+        self._to: dict[str, Any] = {"device": device, "dtype": TORCH_DTYPES[dtype]}
+        self.gpt = self._built(self.config)
+        self.optimizer = Optimizer(self.gpt)
+        self.meter = LoadMeter(settings.layers, experts, device)
+        self._weights = loss_weights(moe)
+        self._peers: dict[str, tuple[nn.Module, Optimizer]] = {}
+        shape = (settings.batch, settings.sequence + 1)
+        tokens = torch.randint(settings.vocab, shape, generator=torch.Generator().manual_seed(1)).to(device)
+        self.token_BS, self.target_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def make(self, name: str) -> Entry:
+        """A contestant by name."""
+        match name:
+            case "dense":
+                config = replace(self.config, moe=None)
+                objective = Objective(self._built(config), loss_weights={})
+                return self._entry(objective, self.gpt_logits(objective.gpt), lambda: self._total(objective))
+            case "moetrain" | "moetrain_unobserved":
+                objective = Objective(self.gpt, loss_weights=self._weights)
+                run = self._observed if name == "moetrain" else self._unobserved
+                return Entry(logits=self.gpt_logits(self.gpt), run=lambda: run(objective), optimizer=self.optimizer)
+            case "transformers_grouped" | "transformers_eager":
+                return self._mixtral(peers.experts_implementation(name))
+            case "deepspeed_capacity" | "deepspeed_no_drop":
+                return self._deepspeed(drops=name == "deepspeed_capacity")
+        raise AssertionError(f"no contestant is named {name}")
+
+    def gpt_logits(self, gpt: GPT) -> Callable[[], Tensor]:
+        """Scores of one of our models."""
+        return lambda: gpt(self.token_BS).logit_BSV
+
+    def observability_seconds(self, *, turns: int = 20) -> float:
+        """What the numbers of the load take in a step by themselves: made in every layer, added up and read once."""
+        calls: list[tuple[Any, ...]] = []
+        make_load = moetrain.moe.layer._load
+
+        def record(*arguments: Any) -> Load:
+            calls.append(arguments)
+            return make_load(*arguments)
+
+        with torch.no_grad(), load_made_by(record):
+            self.gpt(self.token_BS)
+        taken = []
+        for _ in range(turns):
+            since = time.perf_counter()
+            self._read([make_load(*arguments) for arguments in calls])
+            taken.append(time.perf_counter() - since)
+        return statistics.median(taken)
+
+    def _built(self, config: ModelConfig) -> GPT:
+        gpt = build_model(config)
+        initialize(gpt, init_std=config.init_std, seed=0)
+        return gpt.to(**self._to)
+
+    def _total(self, objective: Objective) -> Tensor:
+        return objective(self.token_BS, self.target_BS).total
+
+    def _observed(self, objective: Objective) -> None:
+        losses = objective(self.token_BS, self.target_BS)
+        losses.total.backward()
+        self.optimizer.step()
+        self._read(losses.load)
+
+    def _unobserved(self, objective: Objective) -> None:
+        none = torch.zeros((), device=self.token_BS.device)
+        empty = Load(count_E=none, dropped=none, entropy=none, balance=none, z=none)
+        with load_made_by(lambda *arguments: empty):
+            self._total(objective).backward()
+        self.optimizer.step()
+
+    def _read(self, loads: list[Load]) -> None:
+        """As a run does it (``train.hooks.LogHook``), read after every step."""
+        for layer, load in enumerate(loads):
+            self.meter.add(
+                layer,
+                load.count_E,
+                dropped=load.dropped,
+                entropy_sum=load.entropy,
+                tokens=self.token_BS.numel(),
+                balance=load.balance,
+                z=load.z,
+            )
+        self.meter.read()
+
+    def _mixtral(self, implementation: str) -> Entry:
+        theirs, optimizer = self._shared("transformers", lambda: peers.mixtral(self.gpt, self.config))
+        moe = self.config.moe
+        assert moe is not None
+        # theirs counts a token K times, and averages over the blocks what we add up
+        weight = self._weights["balance"] * self.config.num_layers / moe.top_k
+
+        def loss() -> Tensor:
+            peers.set_experts(theirs, implementation)
+            output = theirs(input_ids=self.token_BS, output_router_logits=True)
+            return self._language(output.logits) + weight * output.aux_loss
+
+        def logits() -> Tensor:
+            peers.set_experts(theirs, implementation)
+            return theirs(input_ids=self.token_BS).logits
+
+        return self._entry(theirs, logits, loss, optimizer)
+
+    def _deepspeed(self, *, drops: bool) -> Entry:
+        theirs, optimizer = self._shared("deepspeed", lambda: peers.deepspeed_gpt(self.gpt, self.config))
+
+        def logits() -> Tensor:
+            peers.set_drops(theirs, drops)
+            return theirs(self.token_BS).logit_BSV
+
+        def loss() -> Tensor:
+            language = self._language(logits())
+            return language + self._weights["balance"] * sum(block.feed_forward.balance for block in theirs.blocks)
+
+        return self._entry(theirs, logits, loss, optimizer)
+
+    def _language(self, logit_BSV: Tensor) -> Tensor:
+        return F.cross_entropy(logit_BSV.float().flatten(0, 1), self.target_BS.flatten())
+
+    def _shared(self, package: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, Optimizer]:
+        if package not in self._peers:
+            model = make()
+            self._peers[package] = model, Optimizer(model)
+        return self._peers[package]
+
+    def _entry(
+        self,
+        model: nn.Module,
+        logits: Callable[[], Tensor],
+        loss: Callable[[], Tensor],
+        optimizer: Optimizer | None = None,
+    ) -> Entry:
+        own = optimizer or Optimizer(model)
+
+        def run() -> None:
+            loss().backward()
+            own.step()
+
+        return Entry(logits=logits, run=run, optimizer=own)
+
+
+def bench_step(settings: StepSettings, *, device: torch.device, tick: Tick) -> tuple[list[Row], list[str]]:
+    """Rows and remarks of all tables."""
+    rows: list[Row] = []
+    remarks: list[str] = []
+    for dtype, (experts, top_k) in itertools.product(settings.dtype, shapes(settings)):
+        field = Field(settings, dtype=dtype, experts=experts, top_k=top_k, device=device)
+        what = {"dtype": dtype, "routing": "learned", "experts": experts, "top_k": top_k}
+        found, remark = _one_shape(settings, field, what=what, device=device, tick=tick)
+        rows += found
+        remarks.append(remark)
+    return rows, remarks
+
+
+def runs(settings: StepSettings) -> int:
+    """How often ``bench_step`` ticks, at most."""
+    tables = len(settings.dtype) * len(shapes(settings))
+    return tables * runs_of(len(contestants(settings)) + 1, repeats=settings.repeats)
+
+
+def contestants(settings: StepSettings) -> list[str]:
+    """Who takes part and is installed, the yardstick first."""
+    return taking_part(settings, STEP_CONTESTANTS)
+
+
+@contextmanager
+def load_made_by(make: Callable[..., Load]) -> Iterator[None]:
+    """Let every MoE layer ask ``make`` for the numbers of its load: how else would one see what they cost?"""
+    before = moetrain.moe.layer._load
+    moetrain.moe.layer._load = make
+    try:
+        yield
+    finally:
+        moetrain.moe.layer._load = before
+
+
+def _one_shape(
+    settings: StepSettings, field: Field, *, what: dict[str, Any], device: torch.device, tick: Tick
+) -> tuple[list[Row], str]:
+    with torch.no_grad():
+        expected = field.gpt(field.token_BS).logit_BSV
+        admitted = peers.admit(
+            {name: STEP_CONTESTANTS[name] is not None for name in contestants(settings)},
+            make=field.make,
+            answer=lambda entry: entry.logits(),
+            expected=expected,
+            error=ERROR[what["dtype"]],
+        )
+    side = torch.ones(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=TORCH_DTYPES[what["dtype"]])
+    entries = [
+        Contestant(name=name, run=entry.run, clear=entry.optimizer.clear) for name, entry in admitted.entries.items()
+    ]
+    found = measure(
+        [*entries, Contestant(name=MATMUL, run=lambda: side @ side, clear=lambda: None)],
+        repeats=settings.repeats,
+        device=device,
+        tick=lambda name: tick(f"{what['dtype']} {what['experts']}/{what['top_k']} {name}"),
+    )
+    rate = 2 * MATMUL_SIDE**3 / statistics.median(found[MATMUL].seconds)
+    notes = {"moetrain": _observability(field, found)} if "moetrain" in found else {}
+    rows = rows_of(contestants(settings), found=found, notes=notes | admitted.faults, what=what)
+    remark = (
+        f"{what['dtype']}, {what['experts']} experts: MFU is of the {rate / 1e9:,.0f} GFLOP/s of a {MATMUL_SIDE}^3 "
+        f"matmul; a sparse model's weights, masters and moments are {field.optimizer.state_bytes / MIB:,.0f} MiB"
+    )
+    return [_with_mfu(row, field, rate=rate) for row in rows], remark
+
+
+def _with_mfu(row: Row, field: Field, *, rate: float) -> Row:
+    if row.ms is None:
+        return row
+    config = replace(field.config, moe=None) if row.contestant == YARDSTICK else field.config
+    flops = flops_per_token(config, sequence_length=field.token_BS.shape[1]) * field.token_BS.numel()
+    return replace(row, mfu=flops / (row.ms / 1e3) / rate)
+
+
+def _observability(field: Field, found: dict[str, Measured]) -> str:
+    cost, whole = field.observability_seconds(), statistics.median(found["moetrain"].seconds)
+    return f"load numbers by themselves {cost * 1e3:.2f} ms, {cost / whole:.2%} of the step"
