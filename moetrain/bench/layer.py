@@ -68,8 +68,6 @@ class Entry:
     """The gradient of its answer."""
     leaves: list[Tensor]
     """What gets gradients."""
-    is_exact: bool
-    """It must give the answer of ours."""
     note: str = ""
 
 
@@ -103,11 +101,11 @@ def make_experts_of(case: Case, *, tokens: int) -> Tensor:
     """
     if case.routing == "balanced":
         return torch.arange(tokens * case.top_k).view(tokens, case.top_k) % case.experts
-    to_first = min(tokens, tokens * case.top_k // 2)
-    others_N = torch.arange(tokens * case.top_k - to_first) % (case.experts - 1) + 1
-    with_first_N, without_N = others_N.split([to_first * (case.top_k - 1), (tokens - to_first) * case.top_k])
-    with_first = torch.cat([torch.zeros(to_first, 1, dtype=torch.int64), with_first_N.view(to_first, -1)], dim=1)
-    return torch.cat([with_first, without_N.view(-1, case.top_k)])
+    top_k, to_first = case.top_k, min(tokens, tokens * case.top_k // 2)
+    others_N = torch.arange(tokens * top_k - to_first) % (case.experts - 1) + 1
+    with_first_N, without_N = others_N.split([to_first * (top_k - 1), (tokens - to_first) * top_k])
+    with_first = torch.cat([torch.zeros(to_first, 1, dtype=torch.int64), with_first_N.view(to_first, top_k - 1)], 1)
+    return torch.cat([with_first, without_N.view(tokens - to_first, top_k)])
 
 
 def make_inputs(case: Case, *, tokens: int, d_model: int, device: torch.device) -> Inputs:
@@ -182,7 +180,6 @@ def make_entry(name: str, *, model: ModelConfig, gpt: GPT, inputs: Inputs) -> En
         forward=forward,
         upstream=inputs.upstream_1TD,
         leaves=[x, *module.parameters()],
-        is_exact=name in peers.EXACT,
         note=note,
     )
 
@@ -193,7 +190,7 @@ def _one_block(model: ModelConfig, *, like: Tensor) -> GPT:
     return gpt.to(like)
 
 
-def _one_shape(settings: LayerSettings, case: Case, *, device: torch.device, tick: Tick) -> tuple[list[Row], str]:
+def _one_shape(settings: LayerSettings, case: Case, *, device: torch.device, tick: Tick) -> list[Row]:
     inputs = make_inputs(case, tokens=settings.tokens, d_model=settings.d_model, device=device)
     model, gpt = make_gpt(settings, case, inputs=inputs)
     ours = make_entry("moetrain", model=model, gpt=gpt, inputs=inputs)
@@ -202,6 +199,7 @@ def _one_shape(settings: LayerSettings, case: Case, *, device: torch.device, tic
         make=lambda name: make_entry(name, model=model, gpt=gpt, inputs=inputs),
         answer=lambda entry: entry.forward()[0],
         expected=ours.forward()[0].detach(),
+        exact=peers.exact(case.top_k),
         error=ERROR[case.dtype],
     )
     found = measure(
@@ -243,7 +241,6 @@ def _floor(layer: MoELayer, inputs: Inputs) -> Entry:
         forward=lambda: (layer.experts(x_ND, count_E), None),
         upstream=upstream_ND,
         leaves=[x_ND, *layer.experts.parameters()],
-        is_exact=False,
     )
 
 

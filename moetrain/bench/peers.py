@@ -25,9 +25,6 @@ CAPACITY_FACTOR = 1.25
 MIN_CAPACITY = 1
 """DeepSpeed's own default, 4, asserts on tiny inputs."""
 
-EXACT = ("transformers_grouped", "transformers_eager", "deepspeed_no_drop")
-"""Peers whose answer must be ours."""
-
 Entry = TypeVar("Entry")
 
 
@@ -40,25 +37,33 @@ class Admitted(Generic[Entry]):
     """Why each of the others may not."""
 
 
+def exact(top_k: int) -> tuple[str, ...]:
+    """Peers whose answer must be ours: DeepSpeed's top-1 weighs by the probability, as Switch does, not by 1."""
+    theirs = ("transformers_grouped", "transformers_eager")
+    return theirs if top_k == 1 else (*theirs, "deepspeed_no_drop")
+
+
 def admit(
     names: dict[str, bool],
     *,
     make: Callable[[str], Entry],
     answer: Callable[[Entry], Tensor],
     expected: Tensor,
+    exact: tuple[str, ...],
     error: float,
 ) -> Admitted[Entry]:
     """Build contestants, and keep those that do the same work as ours.
 
     Args:
         names: name -> whether it is a peer. One that fails is left out; a failure of our own is raised.
-        expected: our answer, which that of every exact peer must be but for ``error`` (see ``difference``).
+        expected: our answer, which that of every ``exact`` one must be but for ``error`` (see ``difference``).
     """
     admitted: Admitted[Entry] = Admitted()
     for name, is_peer in names.items():
         try:
             entry = make(name)
-            off = difference(answer(entry), expected) if name in EXACT else 0.0
+            given = answer(entry)
+            off = difference(given, expected) if name in exact else 0.0
         except Exception as fault:
             # whatever another version of a peer raises is a row that says so, not the end of the table
             if not is_peer:

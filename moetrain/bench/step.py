@@ -36,9 +36,9 @@ from moetrain.moe.layer import Load
 from moetrain.plan.flops import flops_per_token
 
 LEARNING_RATE = 1e-4
-ERROR = {"fp32": 1e-3, "bf16": 3e-2}
-"""Norm of the difference over the norm, up to which two models' scores are the same: a rounding error that swaps two
-experts with nearly the same score changes the scores of that one token."""
+ERROR = 1e-3
+"""Norm of the difference over the norm, up to which two models' scores are the same. They are compared in fp32: in bf16
+rounding lets equal models choose other experts, and a third of the scores' norm may then differ."""
 MATMUL = "matmul"
 MATMUL_SIDE = 1536
 """The matmul whose rate counts as the machine's."""
@@ -82,10 +82,11 @@ class Optimizer:
 class Entry:
     """A contestant that trains a model."""
 
+    model: nn.Module
     logits: Callable[[], Tensor]
     """Scores of the next token, for the comparison before."""
-    run: Callable[[], object]
-    optimizer: Optimizer
+    train: Callable[[Optimizer], None]
+    """One step."""
 
 
 class Field:
@@ -107,14 +108,15 @@ class Field:
             d_model=settings.d_model,
             d_ff=settings.d_ff,
             dtype=dtype,
+            # large enough for the blocks to be heard beside the residual, when scores are compared
+            init_std=settings.d_model**-0.5,
             moe=moe,
         )
         self._to: dict[str, Any] = {"device": device, "dtype": TORCH_DTYPES[dtype]}
         self.gpt = self._built(self.config)
-        self.optimizer = Optimizer(self.gpt)
         self.meter = LoadMeter(settings.layers, experts, device)
         self._weights = loss_weights(moe)
-        self._peers: dict[str, tuple[nn.Module, Optimizer]] = {}
+        self._peers: dict[str, nn.Module] = {}
         shape = (settings.batch, settings.sequence + 1)
         tokens = torch.randint(settings.vocab, shape, generator=torch.Generator().manual_seed(1)).to(device)
         self.token_BS, self.target_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -123,22 +125,16 @@ class Field:
         """A contestant by name."""
         match name:
             case "dense":
-                config = replace(self.config, moe=None)
-                objective = Objective(self._built(config), loss_weights={})
-                return self._entry(objective, self.gpt_logits(objective.gpt), lambda: self._total(objective))
-            case "moetrain" | "moetrain_unobserved":
-                objective = Objective(self.gpt, loss_weights=self._weights)
-                run = self._observed if name == "moetrain" else self._unobserved
-                return Entry(logits=self.gpt_logits(self.gpt), run=lambda: run(objective), optimizer=self.optimizer)
+                return self._ours(self._built(replace(self.config, moe=None)), run=self._unobserved)
+            case "moetrain":
+                return self._ours(self.gpt, run=self._observed)
+            case "moetrain_unobserved":
+                return self._ours(self.gpt, run=self._unobserved)
             case "transformers_grouped" | "transformers_eager":
                 return self._mixtral(peers.experts_implementation(name))
             case "deepspeed_capacity" | "deepspeed_no_drop":
                 return self._deepspeed(drops=name == "deepspeed_capacity")
         raise AssertionError(f"no contestant is named {name}")
-
-    def gpt_logits(self, gpt: GPT) -> Callable[[], Tensor]:
-        """Scores of one of our models."""
-        return lambda: gpt(self.token_BS).logit_BSV
 
     def observability_seconds(self, *, turns: int = 20) -> float:
         """What the numbers of the load take in a step by themselves: made in every layer, added up and read once."""
@@ -163,21 +159,24 @@ class Field:
         initialize(gpt, init_std=config.init_std, seed=0)
         return gpt.to(**self._to)
 
-    def _total(self, objective: Objective) -> Tensor:
-        return objective(self.token_BS, self.target_BS).total
+    def _ours(self, gpt: GPT, *, run: Callable[[Objective, Optimizer], None]) -> Entry:
+        objective = Objective(gpt, loss_weights=self._weights)
+        return Entry(
+            model=gpt, logits=lambda: gpt(self.token_BS).logit_BSV, train=lambda optimizer: run(objective, optimizer)
+        )
 
-    def _observed(self, objective: Objective) -> None:
+    def _observed(self, objective: Objective, optimizer: Optimizer) -> None:
         losses = objective(self.token_BS, self.target_BS)
         losses.total.backward()
-        self.optimizer.step()
+        optimizer.step()
         self._read(losses.load)
 
-    def _unobserved(self, objective: Objective) -> None:
+    def _unobserved(self, objective: Objective, optimizer: Optimizer) -> None:
         none = torch.zeros((), device=self.token_BS.device)
         empty = Load(count_E=none, dropped=none, entropy=none, balance=none, z=none)
         with load_made_by(lambda *arguments: empty):
-            self._total(objective).backward()
-        self.optimizer.step()
+            objective(self.token_BS, self.target_BS).total.backward()
+        optimizer.step()
 
     def _read(self, loads: list[Load]) -> None:
         """As a run does it (``train.hooks.LogHook``), read after every step."""
@@ -194,59 +193,47 @@ class Field:
         self.meter.read()
 
     def _mixtral(self, implementation: str) -> Entry:
-        theirs, optimizer = self._shared("transformers", lambda: peers.mixtral(self.gpt, self.config))
+        theirs = self._shared("transformers", lambda: peers.mixtral(self.gpt, self.config))
         moe = self.config.moe
         assert moe is not None
         # theirs counts a token K times, and averages over the blocks what we add up
         weight = self._weights["balance"] * self.config.num_layers / moe.top_k
 
-        def loss() -> Tensor:
-            peers.set_experts(theirs, implementation)
-            output = theirs(input_ids=self.token_BS, output_router_logits=True)
-            return self._language(output.logits) + weight * output.aux_loss
-
         def logits() -> Tensor:
             peers.set_experts(theirs, implementation)
             return theirs(input_ids=self.token_BS).logits
 
-        return self._entry(theirs, logits, loss, optimizer)
+        def train(optimizer: Optimizer) -> None:
+            peers.set_experts(theirs, implementation)
+            output = theirs(input_ids=self.token_BS, output_router_logits=True)
+            (self._language(output.logits) + weight * output.aux_loss).backward()
+            optimizer.step()
+
+        return Entry(model=theirs, logits=logits, train=train)
 
     def _deepspeed(self, *, drops: bool) -> Entry:
-        theirs, optimizer = self._shared("deepspeed", lambda: peers.deepspeed_gpt(self.gpt, self.config))
+        theirs = self._shared("deepspeed", lambda: peers.deepspeed_gpt(self.gpt, self.config))
 
         def logits() -> Tensor:
             peers.set_drops(theirs, drops)
             return theirs(self.token_BS).logit_BSV
 
-        def loss() -> Tensor:
-            language = self._language(logits())
-            return language + self._weights["balance"] * sum(block.feed_forward.balance for block in theirs.blocks)
+        def train(optimizer: Optimizer) -> None:
+            loss = self._language(logits())
+            for block in theirs.blocks:
+                loss = loss + self._weights["balance"] * block.feed_forward.balance
+            loss.backward()
+            optimizer.step()
 
-        return self._entry(theirs, logits, loss, optimizer)
+        return Entry(model=theirs, logits=logits, train=train)
 
     def _language(self, logit_BSV: Tensor) -> Tensor:
         return F.cross_entropy(logit_BSV.float().flatten(0, 1), self.target_BS.flatten())
 
-    def _shared(self, package: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, Optimizer]:
+    def _shared(self, package: str, make: Callable[[], nn.Module]) -> Any:
         if package not in self._peers:
-            model = make()
-            self._peers[package] = model, Optimizer(model)
+            self._peers[package] = make()
         return self._peers[package]
-
-    def _entry(
-        self,
-        model: nn.Module,
-        logits: Callable[[], Tensor],
-        loss: Callable[[], Tensor],
-        optimizer: Optimizer | None = None,
-    ) -> Entry:
-        own = optimizer or Optimizer(model)
-
-        def run() -> None:
-            loss().backward()
-            own.step()
-
-        return Entry(logits=logits, run=run, optimizer=own)
 
 
 def bench_step(settings: StepSettings, *, device: torch.device, tick: Tick) -> tuple[list[Row], list[str]]:
@@ -254,9 +241,8 @@ def bench_step(settings: StepSettings, *, device: torch.device, tick: Tick) -> t
     rows: list[Row] = []
     remarks: list[str] = []
     for dtype, (experts, top_k) in itertools.product(settings.dtype, shapes(settings)):
-        field = Field(settings, dtype=dtype, experts=experts, top_k=top_k, device=device)
         what = {"dtype": dtype, "routing": "learned", "experts": experts, "top_k": top_k}
-        found, remark = _one_shape(settings, field, what=what, device=device, tick=tick)
+        found, remark = _one_shape(settings, what=what, device=device, tick=tick)
         rows += found
         remarks.append(remark)
     return rows, remarks
@@ -285,35 +271,56 @@ def load_made_by(make: Callable[..., Load]) -> Iterator[None]:
 
 
 def _one_shape(
-    settings: StepSettings, field: Field, *, what: dict[str, Any], device: torch.device, tick: Tick
+    settings: StepSettings, *, what: dict[str, Any], device: torch.device, tick: Tick
 ) -> tuple[list[Row], str]:
-    with torch.no_grad():
-        expected = field.gpt(field.token_BS).logit_BSV
-        admitted = peers.admit(
-            {name: STEP_CONTESTANTS[name] is not None for name in contestants(settings)},
-            make=field.make,
-            answer=lambda entry: entry.logits(),
-            expected=expected,
-            error=ERROR[what["dtype"]],
-        )
-    side = torch.ones(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=TORCH_DTYPES[what["dtype"]])
-    entries = [
-        Contestant(name=name, run=entry.run, clear=entry.optimizer.clear) for name, entry in admitted.entries.items()
-    ]
+    names, dtype = contestants(settings), what["dtype"]
+    shape = {"experts": what["experts"], "top_k": what["top_k"], "device": device}
+    field = Field(settings, dtype="fp32", **shape)
+    admitted = admit(field, names, exact=peers.exact(what["top_k"]))
+    notes = dict(admitted.faults)
+    if dtype != "fp32":
+        field = Field(settings, dtype=dtype, **shape)
+        admitted = admit(field, list(admitted.entries), exact=())
+        notes |= admitted.faults
+    entries = admitted.entries
+    optimizers = {model: Optimizer(model) for model in dict.fromkeys(entry.model for entry in entries.values())}
+    matmul = _matmul(TORCH_DTYPES[dtype], device=device)
     found = measure(
-        [*entries, Contestant(name=MATMUL, run=lambda: side @ side, clear=lambda: None)],
+        [*(_contestant(name, entry, optimizers[entry.model]) for name, entry in entries.items()), matmul],
         repeats=settings.repeats,
         device=device,
-        tick=lambda name: tick(f"{what['dtype']} {what['experts']}/{what['top_k']} {name}"),
+        tick=lambda name: tick(f"{dtype} {what['experts']}/{what['top_k']} {name}"),
     )
     rate = 2 * MATMUL_SIDE**3 / statistics.median(found[MATMUL].seconds)
-    notes = {"moetrain": _observability(field, found)} if "moetrain" in found else {}
-    rows = rows_of(contestants(settings), found=found, notes=notes | admitted.faults, what=what)
-    remark = (
-        f"{what['dtype']}, {what['experts']} experts: MFU is of the {rate / 1e9:,.0f} GFLOP/s of a {MATMUL_SIDE}^3 "
-        f"matmul; a sparse model's weights, masters and moments are {field.optimizer.state_bytes / MIB:,.0f} MiB"
-    )
+    remark = f"{dtype}, {what['experts']} experts: MFU is of the {rate / 1e9:,.0f} GFLOP/s of a {MATMUL_SIDE}^3 matmul"
+    if "moetrain" in found:
+        notes["moetrain"] = _observability(field, found)
+        held = optimizers[field.gpt].state_bytes / MIB
+        remark += f"; moetrain's weights, masters and moments are {held:,.0f} MiB"
+    rows = rows_of(names, found=found, notes=notes, what=what)
     return [_with_mfu(row, field, rate=rate) for row in rows], remark
+
+
+@torch.no_grad()
+def admit(field: Field, names: list[str], *, exact: tuple[str, ...]) -> peers.Admitted[Entry]:
+    """Build the contestants, and leave out those that fail, and the ``exact`` ones whose scores are not ours."""
+    return peers.admit(
+        {name: STEP_CONTESTANTS[name] is not None for name in names},
+        make=field.make,
+        answer=lambda entry: entry.logits(),
+        expected=field.gpt(field.token_BS).logit_BSV,
+        exact=exact,
+        error=ERROR,
+    )
+
+
+def _contestant(name: str, entry: Entry, optimizer: Optimizer) -> Contestant:
+    return Contestant(name=name, run=lambda: entry.train(optimizer), clear=optimizer.clear)
+
+
+def _matmul(dtype: torch.dtype, *, device: torch.device) -> Contestant:
+    side = torch.ones(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=dtype)
+    return Contestant(name=MATMUL, run=lambda: side @ side, clear=lambda: None)
 
 
 def _with_mfu(row: Row, field: Field, *, rate: float) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,8 @@ def bench(words: Sequence[str]) -> int:
 
         print(f"{plan_text(settings)}\na dry run: nothing was started")
         return 0
+    # read when torch is loaded: its CPU allocator warns of frees that do not matter here (``bench.timing.observe``)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from moetrain.bench.run import run
     from moetrain.bench.table import text, write_json
 
