@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def make_experts_of(case: Case, *, tokens: int) -> Tensor:
         return torch.arange(tokens * case.top_k).view(tokens, case.top_k) % case.experts
     top_k, to_first = case.top_k, min(tokens, tokens * case.top_k // 2)
     others_N = torch.arange(tokens * top_k - to_first) % (case.experts - 1) + 1
-    with_first_N, without_N = others_N.split([to_first * (top_k - 1), (tokens - to_first) * top_k])
+    with_first_N, without_N = others_N.tensor_split([to_first * (top_k - 1)])
     with_first = torch.cat([torch.zeros(to_first, 1, dtype=torch.int64), with_first_N.view(to_first, top_k - 1)], 1)
     return torch.cat([with_first, without_N.view(tokens - to_first, top_k)])
 
@@ -141,16 +142,19 @@ def make_gpt(settings: LayerSettings, case: Case, *, inputs: Inputs) -> tuple[Mo
         vocab_size=1, context=1, num_layers=1, num_heads=1, d_model=settings.d_model, d_ff=settings.d_ff, moe=moe
     )
     gpt = _one_block(model, like=inputs.x_1TD)
+    block: Any = gpt.blocks[0]
     with torch.no_grad():
-        gpt.blocks[0].feed_forward.router.weight.copy_(inputs.gate_ED)
+        block.feed_forward.router.weight.copy_(inputs.gate_ED)
     return model, gpt
 
 
 def make_entry(name: str, *, model: ModelConfig, gpt: GPT, inputs: Inputs) -> Entry:
     """A contestant by name, with the weights of the only block of ``gpt``."""
-    x, layer = inputs.x_1TD, gpt.blocks[0].feed_forward
+    assert model.moe is not None
+    layer: Any = gpt.blocks[0].feed_forward
+    x = inputs.x_1TD
     weights = loss_weights(model.moe)
-    module: nn.Module = layer
+    module: Any = layer
     forward: Forward
     note = ""
     match name:

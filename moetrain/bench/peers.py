@@ -92,7 +92,8 @@ def mixtral_block(layer: MoELayer, model: ModelConfig) -> nn.Module:
     """`transformers`' Mixtral block with the layer's weights; ``set_experts`` chooses how it computes its experts."""
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    block: nn.Module = MixtralSparseMoeBlock(_mixtral_config(model))
+    make: Any = MixtralSparseMoeBlock
+    block: nn.Module = make(_mixtral_config(model))
     block.load_state_dict(_mixtral_experts(layer))
     return block.to(layer.experts.w_in)
 
@@ -102,9 +103,10 @@ def mixtral(gpt: GPT, model: ModelConfig) -> nn.Module:
     import transformers
 
     assert gpt.head is None, "the benchmark's models tie their embeddings"
-    state = {"model.embed_tokens.weight": gpt.embedding.weight, "model.norm.weight": gpt.norm.weight}
+    state: dict[str, Any] = {"model.embed_tokens.weight": gpt.embedding.weight, "model.norm.weight": gpt.norm.weight}
     state["lm_head.weight"] = gpt.embedding.weight
-    for index, block in enumerate(gpt.blocks):
+    for index, module in enumerate(gpt.blocks):
+        block: Any = module
         q, k, v = block.attention.qkv.weight.chunk(3)
         named = {
             "input_layernorm.weight": block.attention_norm.weight,
@@ -116,7 +118,7 @@ def mixtral(gpt: GPT, model: ModelConfig) -> nn.Module:
             **{f"mlp.{name}": weight for name, weight in _mixtral_experts(block.feed_forward).items()},
         }
         state |= {f"model.layers.{index}.{name}": weight for name, weight in named.items()}
-    theirs = transformers.MixtralForCausalLM(_mixtral_config(model))
+    theirs: nn.Module = transformers.MixtralForCausalLM(_mixtral_config(model))
     theirs.load_state_dict(state)
     return theirs.to(gpt.embedding.weight).train()
 
@@ -165,7 +167,7 @@ class DeepSpeedFeedForward(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.layer(x)[0]
@@ -181,9 +183,10 @@ class DeepSpeedFeedForward(nn.Module):
 def deepspeed_gpt(gpt: GPT, model: ModelConfig) -> GPT:
     """A copy of our GPT with DeepSpeed's layer in place of each of ours."""
     # the copy is of all but the experts, which may be most of the memory
-    keep = {id(block.feed_forward): nn.Identity() for block in gpt.blocks}
+    keep: dict[int, Any] = {id(block.feed_forward): nn.Identity() for block in gpt.blocks}
     theirs = copy.deepcopy(gpt, keep)
-    for ours, block in zip(gpt.blocks, theirs.blocks, strict=True):
+    pairs: Any = zip(gpt.blocks, theirs.blocks, strict=True)
+    for ours, block in pairs:
         block.feed_forward = DeepSpeedFeedForward(deepspeed_layer(ours.feed_forward, model))
     return theirs
 
@@ -210,7 +213,8 @@ def _mixtral_config(model: ModelConfig) -> Any:
 
     moe = model.moe
     assert moe is not None
-    return transformers.MixtralConfig(
+    make: Any = transformers.MixtralConfig
+    return make(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=moe.d_expert or model.d_ff,
@@ -231,7 +235,7 @@ def _mixtral_config(model: ModelConfig) -> Any:
     )
 
 
-def _mixtral_experts(layer: MoELayer) -> dict[str, Tensor]:
+def _mixtral_experts(layer: MoELayer) -> dict[str, Any]:
     return {
         "gate.weight": layer.router.weight,
         "experts.gate_up_proj": layer.experts.w_in,

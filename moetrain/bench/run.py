@@ -26,12 +26,12 @@ def run(settings: LayerSettings | StepSettings) -> Report:
     """
     device = find_device(settings.device)
     load_before = _load()
-    is_layer = isinstance(settings, LayerSettings)
-    total = layer.runs(settings) if is_layer else step.runs(settings)
+    total = layer.runs(settings) if isinstance(settings, LayerSettings) else step.runs(settings)
+    remarks: list[str] = []
     with WorkBar("bench", total=total, unit="runs", stderr=True) as bar:
         tick = _ticker(bar)
-        if is_layer:
-            rows, remarks = layer.bench_layer(settings, device=device, tick=tick), []
+        if isinstance(settings, LayerSettings):
+            rows = layer.bench_layer(settings, device=device, tick=tick)
         else:
             rows, remarks = step.bench_step(settings, device=device, tick=tick)
         bar.advance_to(total, note="")
@@ -73,7 +73,7 @@ def _title(settings: LayerSettings | StepSettings) -> str:
 
 
 def _about(device: torch.device) -> dict[str, str]:
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

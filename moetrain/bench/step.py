@@ -31,7 +31,7 @@ from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.metrics.load import LoadMeter
 from moetrain.model.build import build_model, initialize
 from moetrain.model.gpt import GPT
-from moetrain.model.objective import Objective
+from moetrain.model.objective import Losses, Objective
 from moetrain.moe.layer import Load
 from moetrain.plan.flops import flops_per_token
 
@@ -48,7 +48,7 @@ class Optimizer:
     """Fused AdamW; of a model that is not in fp32, on fp32 master weights."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights = list(model.parameters())
+        self.weights: list[Tensor] = list(model.parameters())
         self.masters = [weight if weight.dtype == torch.float32 else weight.detach().float() for weight in self.weights]
         self._adamw = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         # a step of gradients that are zero makes the moments, which then are there before anything is measured
@@ -165,9 +165,13 @@ class Field:
             model=gpt, logits=lambda: gpt(self.token_BS).logit_BSV, train=lambda optimizer: run(objective, optimizer)
         )
 
+    def _losses(self, objective: Objective) -> Losses:
+        losses: Losses = objective(self.token_BS, self.target_BS)
+        return losses
+
     def _observed(self, objective: Objective, optimizer: Optimizer) -> None:
-        losses = objective(self.token_BS, self.target_BS)
-        losses.total.backward()
+        losses = self._losses(objective)
+        torch.autograd.backward(losses.total)
         optimizer.step()
         self._read(losses.load)
 
@@ -175,7 +179,7 @@ class Field:
         none = torch.zeros((), device=self.token_BS.device)
         empty = Load(count_E=none, dropped=none, entropy=none, balance=none, z=none)
         with load_made_by(lambda *arguments: empty):
-            objective(self.token_BS, self.target_BS).total.backward()
+            torch.autograd.backward(self._losses(objective).total)
         optimizer.step()
 
     def _read(self, loads: list[Load]) -> None:
@@ -201,7 +205,8 @@ class Field:
 
         def logits() -> Tensor:
             peers.set_experts(theirs, implementation)
-            return theirs(input_ids=self.token_BS).logits
+            scores: Tensor = theirs(input_ids=self.token_BS).logits
+            return scores
 
         def train(optimizer: Optimizer) -> None:
             peers.set_experts(theirs, implementation)
@@ -216,10 +221,11 @@ class Field:
 
         def logits() -> Tensor:
             peers.set_drops(theirs, drops)
-            return theirs(self.token_BS).logit_BSV
+            scores: Tensor = theirs(self.token_BS).logit_BSV
+            return scores
 
         def train(optimizer: Optimizer) -> None:
-            loss = self._language(logits())
+            loss: Any = self._language(logits())
             for block in theirs.blocks:
                 loss = loss + self._weights["balance"] * block.feed_forward.balance
             loss.backward()

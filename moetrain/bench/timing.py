@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 
 from moetrain.bench.settings import YARDSTICK
 from moetrain.bench.table import Row, row_of
@@ -141,7 +140,7 @@ def observe(run: Callable[[], object], *, device: torch.device) -> Observed:
     events = [
         (event.start_ns(), event.nbytes())
         for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     live = peak = 0
     for _, size in sorted(events, key=lambda event: event[0]):

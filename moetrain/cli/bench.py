@@ -62,12 +62,11 @@ def _read(words: Sequence[str]) -> tuple[LayerSettings | StepSettings, dict[str,
     """The settings, and the flags with the files they name."""
     from moetrain.bench.settings import LayerSettings, StepSettings, read
 
-    kinds: dict[str, type[LayerSettings] | type[StepSettings]] = {"layer": LayerSettings, "step": StepSettings}
     kind, rest = (words[0] if words else ""), list(words[1:])
     problems: list[str] = []
     flags: dict[str, Path] = {}
     overrides: list[str] = []
-    if kind not in kinds:
+    if kind not in ("layer", "step"):
         problems.append(f"'{kind}' is no benchmark: write `moetrain bench layer` or `moetrain bench step`")
     while rest:
         word = rest.pop(0)
@@ -82,10 +81,14 @@ def _read(words: Sequence[str]) -> tuple[LayerSettings | StepSettings, dict[str,
             problems.append(f"{word} is not an option: see --help")
         else:
             overrides.append(word)
+    settings: LayerSettings | StepSettings | None = None
     try:
-        settings = read(kinds.get(kind, LayerSettings), overrides if kind in kinds else [])
+        if kind == "layer":
+            settings = read(LayerSettings, overrides)
+        elif kind == "step":
+            settings = read(StepSettings, overrides)
     except ConfigError as error:
         problems += error.problems
-    if problems:
+    if problems or settings is None:
         raise ConfigError(problems)
     return settings, flags
