@@ -41,7 +41,7 @@ _LARGEST = 1 << 24
 class LayerSettings:
     """One MoE layer, forward and backward."""
 
-    tokens: int = 2048
+    tokens: int = 4096
     """Tokens in the batch."""
     d_model: int = 256
     """Width of the residual stream; at least the number of experts."""

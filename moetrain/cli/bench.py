@@ -20,7 +20,7 @@ matmuls (floor), Mixtral of `transformers` and DeepSpeed's MoE, each if it is in
 compare within one table only. Times are medians, in brackets the third less the first quartile; memory is the peak
 above what was held before. Values may be lists.
 
-  layer   tokens=2048 d_model=256 d_ff=1024 experts=8,64 top_k=2,8 routing=balanced,skewed
+  layer   tokens=4096 d_model=256 d_ff=1024 experts=8,64 top_k=2,8 routing=balanced,skewed
   step    batch=8 sequence=256 d_model=256 d_ff=1024 layers=4 heads=4 vocab=4096 experts=8,64 top_k=2
   both    dtype=fp32,bf16 contestants=NAMES repeats=5 device=auto|cpu|cuda
 
@@ -30,7 +30,7 @@ above what was held before. Values may be lists.
 
 examples:
   moetrain bench layer
-  moetrain bench layer tokens=4096 repeats=7 dtype=bf16 experts=8 top_k=2 routing=skewed
+  moetrain bench layer tokens=8192 repeats=7 dtype=bf16 experts=8 top_k=2 routing=skewed
   moetrain bench layer contestants=floor,moetrain experts=64 top_k=8 --json layer.json
   moetrain bench step experts=8
 """,
