@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -138,19 +138,19 @@ class Field:
 
     def observability_seconds(self, *, turns: int = 20) -> float:
         """What the numbers of the load take in a step by themselves: made in every layer, added up and read once."""
-        calls: list[tuple[Any, ...]] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         make_load = moetrain.moe.layer._load
 
-        def record(*arguments: Any) -> Load:
-            calls.append(arguments)
-            return make_load(*arguments)
+        def record(*given: Any, **named: Any) -> Load:
+            calls.append((given, named))
+            return make_load(*given, **named)
 
         with torch.no_grad(), load_made_by(record):
             self.gpt(self.token_BS)
         taken = []
         for _ in range(turns):
             since = time.perf_counter()
-            self._read([make_load(*arguments) for arguments in calls])
+            self._read([make_load(*given, **named) for given, named in calls])
             taken.append(time.perf_counter() - since)
         return statistics.median(taken)
 
@@ -177,8 +177,8 @@ class Field:
 
     def _unobserved(self, objective: Objective, optimizer: Optimizer) -> None:
         none = torch.zeros((), device=self.token_BS.device)
-        empty = Load(count_E=none, dropped=none, entropy=none, balance=none, z=none)
-        with load_made_by(lambda *arguments: empty):
+        empty = Load(**{each.name: none for each in fields(Load)})
+        with load_made_by(lambda *given, **named: empty):
             torch.autograd.backward(self._losses(objective).total)
         optimizer.step()
 

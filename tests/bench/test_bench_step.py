@@ -106,7 +106,7 @@ def test_without_observability_no_load_is_counted_and_all_else_is_the_same():
     seen, unseen = field(), field()
     made: list[object] = []
     original = moetrain.moe.layer._load
-    moetrain.moe.layer._load = lambda *arguments: made.append(1) or original(*arguments)
+    moetrain.moe.layer._load = lambda *given, **named: made.append(1) or original(*given, **named)
     try:
         unseen.make("moetrain_unobserved").train(Optimizer(unseen.gpt))
         assert made == []
@@ -120,7 +120,7 @@ def test_without_observability_no_load_is_counted_and_all_else_is_the_same():
 
 def test_what_makes_the_load_is_put_back():
     before = moetrain.moe.layer._load
-    with pytest.raises(RuntimeError), load_made_by(lambda *arguments: None):
+    with pytest.raises(RuntimeError), load_made_by(lambda *given, **named: None):
         raise RuntimeError
     assert moetrain.moe.layer._load is before
 
