@@ -11,24 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetrain"
 
 MAY_IMPORT = {
-    "cli": {
-        "compose",
-        "config",
-        "data",
-        "hub",
-        "launch",
-        "report",
-        "metrics",
-        "checkpoint",
-        "plan",
-        "parallel.lifeline",
-        "errors",
-    },
+    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "plan", "archive", "checkpoint.store",
+            "parallel.lifeline", "errors"},  # fmt: skip
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
+    "archive": {"checkpoint", "model", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
     "plan": {"config", "parallel.topology", "errors"},
     "model": {"moe", "parallel", "config", "errors"},

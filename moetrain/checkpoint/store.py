@@ -57,6 +57,16 @@ class Manifest:
     format: int = FORMAT
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay; one that either asks for does."""
+
+    keep: int
+    """How many of the newest."""
+    every_steps: int | None = None
+    """Those whose step is a multiple of this; None: none for that reason."""
+
+
 def step_directory(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return root / f"step_{step:08d}"
@@ -168,27 +178,27 @@ def whole_checkpoints(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def prune(root: Path, *, keep: int, every: int | None = None) -> None:
+def prune(root: Path, retention: Retention) -> None:
     """Remove the checkpoints that ``superfluous`` names, and what crashes left half-written. Called after a save."""
     for leftover in leftovers(root):
         shutil.rmtree(leftover, ignore_errors=True)
-    for old in superfluous(root, keep=keep, every=every):
+    for old in superfluous(root, retention):
         # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
         pruned = _with_suffix(old, ".pruned.partial")
         _rename_over(old, pruned)
         shutil.rmtree(pruned, ignore_errors=True)
 
 
-def superfluous(root: Path, *, keep: int, every: int | None = None) -> list[Path]:
-    """All checkpoints but the newest ``keep`` and those of each ``every`` steps.
+def superfluous(root: Path, retention: Retention) -> list[Path]:
+    """The checkpoints that need not stay.
 
     Steps beyond the one saved last stay and do not count: the run would have gone on from there, had they not been
     damaged. Counted as newest, they would push out the sound ones.
     """
     whole = whole_checkpoints(root)
     last_saved = max(range(len(whole)), key=lambda i: (_saved_at(whole[i]), i), default=0)
-    old = whole[: max(0, last_saved + 1 - keep)]
-    return [path for path in old if every is None or step_of(path) % every]
+    old = whole[: max(0, last_saved + 1 - retention.keep)]
+    return [path for path in old if not (retention.every_steps and step_of(path) % retention.every_steps == 0)]
 
 
 def leftovers(root: Path) -> list[Path]:

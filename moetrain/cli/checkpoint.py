@@ -155,7 +155,7 @@ def _show(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
     parts = listing.parameters(manifest)
     tensors = {}
     if "--tensors" in flags:
-        from moetrain.checkpoint.stored import Stored
+        from moetrain.archive.stored import Stored
 
         tensors = {name: {"elements": each.numel, "dtype": str(each.dtype).removeprefix("torch."), "bytes": each.nbytes,
                           "intervals": len(each.pieces)}
@@ -174,8 +174,8 @@ def _show(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
 
 def _doctor(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
     directory = _which(paths[0] if paths else Path(wanted.run_dir), step=wanted.step)
-    from moetrain.checkpoint.doctor import Check, examine
-    from moetrain.hub.shapes import expected_tensors
+    from moetrain.archive.doctor import Check, examine
+    from moetrain.archive.expected import expected_tensors
 
     checks: list[Check] = []
     if "--json" not in flags:
@@ -196,8 +196,8 @@ def _doctor(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
 
 def _diff(wanted: _OfTwo, paths: list[Path], flags: set[str]) -> int:
     one, two = (_which(path, step=None) for path in paths)
-    from moetrain.checkpoint.stored import Stored
-    from moetrain.checkpoint.values import compare
+    from moetrain.archive.stored import Stored
+    from moetrain.archive.values import compare
 
     changed = listing.changed_settings(store.read_manifest(one), store.read_manifest(two))
     differences = list(compare(Stored(one), Stored(two)))
@@ -218,7 +218,7 @@ def _diff(wanted: _OfTwo, paths: list[Path], flags: set[str]) -> int:
 
 def _reshard(wanted: _Reshard, paths: list[Path], flags: set[str]) -> int:
     directory, target = _which(paths[0], step=wanted.step), paths[1]
-    from moetrain.checkpoint.reshard import reshard
+    from moetrain.archive.reshard import reshard
     from moetrain.config.freeze import RUN_FILE
 
     before = listing.size_of(directory)
@@ -237,27 +237,31 @@ def _prune(wanted: _Prune, paths: list[Path], flags: set[str]) -> int:
         raise ConfigError(["prune removes for good, so it wants to hear which run and how many stay, e.g. "
                            "run_dir=runs/tiny keep=2"])  # fmt: skip
     run_dir = _run(paths[0] if paths else Path(str(wanted.run_dir)))
+    retention = store.Retention(keep=wanted.keep, every_steps=wanted.every)
     if "--dry-run" in flags:
-        _going(run_dir, keep=wanted.keep, every=wanted.every, word="would go")
+        print(_told(run_dir, _going(run_dir, retention)) + "; a dry run: nothing was removed")
         return 0
     from moetrain.launch.lock import RunLock
 
     with RunLock(run_dir):  # a run that is training may be writing what looks like a leftover
-        going = _going(run_dir, keep=wanted.keep, every=wanted.every, word="goes")
+        going = _going(run_dir, retention)
         _one_stays_whole(run_dir, going)
-        store.prune(_root(run_dir), keep=wanted.keep, every=wanted.every)
+        told = _told(run_dir, going)
+        store.prune(_root(run_dir), retention)
+    print(told)
     return 0
 
 
-def _going(run_dir: Path, *, keep: int, every: int | None, word: str) -> list[Path]:
-    root = _root(run_dir)
-    going = [*store.superfluous(root, keep=keep, every=every), *store.leftovers(root)]
+def _going(run_dir: Path, retention: store.Retention) -> list[Path]:
+    return [*store.superfluous(_root(run_dir), retention), *store.leftovers(_root(run_dir))]
+
+
+def _told(run_dir: Path, going: list[Path]) -> str:
     sizes = {each: listing.size_of(each) for each in going}
-    for each, size in sizes.items():
-        print(f"{word}: {each} ({in_bytes(size)})")
-    stay = len(store.whole_checkpoints(root)) - len(store.superfluous(root, keep=keep, every=every))
-    print(f"{len(going)} directories, {in_bytes(sum(sizes.values()))} {word}; {stay} checkpoints stay")
-    return going
+    stay = sum(each not in going for each in store.whole_checkpoints(_root(run_dir)))
+    lines = [f"to remove: {each} ({in_bytes(size)})" for each, size in sizes.items()]
+    return "\n".join([*lines, f"{in_bytes(sum(sizes.values()))} in {len(going)} directories; checkpoints that stay: "
+                      f"{stay}"])  # fmt: skip
 
 
 def _one_stays_whole(run_dir: Path, going: list[Path]) -> None:

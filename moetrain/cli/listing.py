@@ -13,7 +13,7 @@ from moetrain.checkpoint import store
 from moetrain.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from moetrain.checkpoint.values import Difference
+    from moetrain.archive.values import Difference
 
 PARTS = ("dense", "router", "experts")
 _KINDS = {"fp32": "weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "state": "state"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint.stored import Stored, blocks
+from moetrain.archive.stored import Stored, blocks
 from moetrain.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,6 +6,7 @@ time. What a check cannot see is in docs/checkpoints.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,29 +15,14 @@ from typing import Any
 
 import torch
 
+from moetrain.archive.expected import Expected
+from moetrain.archive.stored import Stored
+from moetrain.archive.values import MOMENTS, read_through
 from moetrain.checkpoint import store
-from moetrain.checkpoint.stored import Stored
-from moetrain.checkpoint.values import MOMENTS, read_through
 from moetrain.errors import CheckpointError, MoetrainError
 
 LARGEST_RECORD_FRAME = 4096
 """Bytes that torch.save puts around the values of an interval, at most; some 1,300 are usual."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """What a checkpoint of a model must hold, by global name without the ending."""
-
-    parameters: dict[str, tuple[int, ...]]
-    states: dict[str, tuple[int, ...]]
-    """What routers keep beside their parameters."""
-    experts: dict[str, int]
-    """Those of the parameters that hold the experts of a block -> how many experts lead them."""
-
-    def tensors(self, kinds: Iterable[str]) -> dict[str, int]:
-        """Full name -> elements, with the given kinds of each parameter."""
-        found = {f"{name}/{kind}": _product(shape) for name, shape in self.parameters.items() for kind in kinds}
-        return found | {f"{name}/state": _product(shape) for name, shape in self.states.items()}
 
 
 @dataclass(frozen=True)
@@ -92,7 +78,7 @@ def examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) ->
     else:
         try:
             expected = expect(manifest.run)
-            yield Check("settings", True, f"a model of {_numel(expected):,} parameters")
+            yield Check("settings", True, f"a model of {expected.numel:,} parameters")
         except MoetrainError as error:
             yield Check("settings", False, f"those in the manifest are of no model: {error}")
 
@@ -104,8 +90,9 @@ def examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) ->
         else:
             yield check(name, patient)
     yield from _contents(patient)
-    # the place of the resume certificate: next batch, random state and probe loss, once checkpoints carry one
-    yield Check("certificate", None, "this checkpoint carries none")
+    certificate = getattr(manifest, "certificate", None)
+    reason = "held when the run goes on: that needs its data" if certificate else "this checkpoint carries none"
+    yield Check("certificate", None, reason)
 
 
 def _files(directory: Path, manifest: store.Manifest | None) -> Check:
@@ -189,7 +176,7 @@ def _experts(name: str, patient: _Patient) -> Check:
         return Check(name, True, "a dense model has none")
     problems = []
     for parameter, number in expected.experts.items():
-        each = _product(expected.parameters[parameter]) // number
+        each = math.prod(expected.parameters[parameter]) // number
         for kind in patient.kinds:
             tensor = stored.tensors.get(f"{parameter}/{kind}")
             missing = [(0, number * each)] if tensor is None else tensor.gaps()
@@ -203,11 +190,11 @@ def _experts(name: str, patient: _Patient) -> Check:
 
 def _size(name: str, patient: _Patient) -> Check:
     stored, expected = _both(patient)
-    planned = 4 * len(patient.kinds) * _numel(expected)
+    planned = 4 * len(patient.kinds) * expected.numel
     states = sum(each.nbytes for full, each in stored.tensors.items() if full.endswith("/state"))
     held = sum(each.nbytes for each in stored.tensors.values())
     per = 4 * len(patient.kinds)
-    sum_text = f"{per} bytes x {_numel(expected):,} parameters + {states:,} of router state"
+    sum_text = f"{per} bytes x {expected.numel:,} parameters + {states:,} of router state"
     problems = [] if held == planned + states else [f"{held:,} bytes of values, but {sum_text} = {planned + states:,}"]
     return _verdict(name, problems, f"{held:,} bytes of values: {sum_text}")
 
@@ -248,17 +235,6 @@ def _both(patient: _Patient) -> tuple[Stored, Expected]:
     assert patient.stored is not None
     assert patient.expected is not None
     return patient.stored, patient.expected
-
-
-def _numel(expected: Expected) -> int:
-    return sum(map(_product, expected.parameters.values()))
-
-
-def _product(shape: Iterable[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 _WITHOUT = {

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from moetrain.checkpoint.doctor import examine
-from moetrain.hub.shapes import expected_tensors
+from moetrain.archive.doctor import examine
+from moetrain.archive.expected import expected_tensors
 
 
 def test_a(real_runs):
