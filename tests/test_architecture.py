@@ -11,8 +11,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetrain"
 
 MAY_IMPORT = {
-    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "plan", "archive", "checkpoint.store",
-            "parallel.lifeline", "errors"},  # fmt: skip
+    "cli": {
+        "compose",
+        "config",
+        "data",
+        "hub",
+        "launch",
+        "report",
+        "metrics",
+        "plan",
+        "archive",
+        "checkpoint.store",
+        "parallel.lifeline",
+        "errors",
+    },
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},

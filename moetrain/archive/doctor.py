@@ -57,14 +57,13 @@ def examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) ->
         directory: of one checkpoint; it exists.
         expect: the settings of a run -> what its checkpoints must hold; raises MoetrainError for unusable settings.
     """
+    manifest = None
     try:
         manifest = store.read_manifest(directory)
         store.check_name(directory, manifest)
-    except CheckpointError as error:
-        manifest = None
-        yield Check("manifest", False, str(error))
-    else:
         yield Check("manifest", True, f"step {manifest.step:,}, {manifest.tokens:,} tokens, format {manifest.format}")
+    except CheckpointError as error:
+        yield Check("manifest", False, str(error))
     yield _files(directory, manifest)
 
     stored = expected = None
@@ -179,7 +178,7 @@ def _experts(name: str, patient: _Patient) -> Check:
         each = math.prod(expected.parameters[parameter]) // number
         for kind in patient.kinds:
             tensor = stored.tensors.get(f"{parameter}/{kind}")
-            missing = [(0, number * each)] if tensor is None else tensor.gaps()
+            missing = [(0, number * each)] if tensor is None else [*tensor.gaps(), (tensor.numel, number * each)]
             for word, holes in (("missing", missing), ("there twice", [] if tensor is None else tensor.overlaps())):
                 ids = sorted({i for begin, end in holes for i in range(begin // each, min(number, -(-end // each)))})
                 if ids:
@@ -192,7 +191,7 @@ def _size(name: str, patient: _Patient) -> Check:
     stored, expected = _both(patient)
     planned = 4 * len(patient.kinds) * expected.numel
     states = sum(each.nbytes for full, each in stored.tensors.items() if full.endswith("/state"))
-    held = sum(each.nbytes for each in stored.tensors.values())
+    held = sum(piece.numel * each.dtype.itemsize for each in stored.tensors.values() for piece in each.pieces)
     per = 4 * len(patient.kinds)
     sum_text = f"{per} bytes x {expected.numel:,} parameters + {states:,} of router state"
     problems = [] if held == planned + states else [f"{held:,} bytes of values, but {sum_text} = {planned + states:,}"]

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,8 @@ def checkpoint(words: Sequence[str]) -> int:
         wanted = f"{least}" if least == most else f"{least} or {most}"
         raise ConfigError([f"{words[0]} takes {wanted} paths, but was given {len(paths)}: see moetrain checkpoint "
                            "--help"])  # fmt: skip
+    if given and not fields(verb.settings):
+        raise ConfigError([f"{words[0]} has no settings, but was given {', '.join(given)}"])
     wanted = freeze_section(verb.settings, given)
     problems = [f"{name} is {value}, but must be {'at least 1' if name != 'step' else 'a step'}"
                 for name, value in vars(wanted).items()
@@ -152,7 +154,7 @@ def _ls(wanted: _OfRun, paths: list[Path], flags: set[str]) -> int:
 def _show(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
     directory = _which(paths[0] if paths else Path(wanted.run_dir), step=wanted.step)
     manifest = store.read_manifest(directory)
-    parts = listing.parameters(manifest)
+    run = listing.settings(manifest)
     tensors = {}
     if "--tensors" in flags:
         from moetrain.archive.stored import Stored
@@ -162,8 +164,8 @@ def _show(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
                    for name, each in Stored(directory).tensors.items()}  # fmt: skip
     if "--json" in flags:
         more = {"tensors": tensors} if tensors else {}
-        return _print_json({"path": str(directory), "parameters": parts} | asdict(manifest) | more)
-    print("\n".join(listing.description(directory, manifest, parts)))
+        return _print_json({"path": str(directory), "parameters": listing.parameters(run)} | asdict(manifest) | more)
+    print("\n".join(listing.description(directory, manifest, run)))
     if tensors:
         print(f"\n{len(tensors):,} tensors")
         rows = [[f"{each['elements']:,}", str(each["dtype"]), f"{each['bytes']:,}", str(each["intervals"]), name]
@@ -239,14 +241,14 @@ def _prune(wanted: _Prune, paths: list[Path], flags: set[str]) -> int:
     run_dir = _run(paths[0] if paths else Path(str(wanted.run_dir)))
     retention = store.Retention(keep=wanted.keep, every_steps=wanted.every)
     if "--dry-run" in flags:
-        print(_told(run_dir, _going(run_dir, retention)) + "; a dry run: nothing was removed")
+        print(_told(run_dir, _going(run_dir, retention), word="would remove"))
         return 0
     from moetrain.launch.lock import RunLock
 
     with RunLock(run_dir):  # a run that is training may be writing what looks like a leftover
         going = _going(run_dir, retention)
         _one_stays_whole(run_dir, going)
-        told = _told(run_dir, going)
+        told = _told(run_dir, going, word="removed")
         store.prune(_root(run_dir), retention)
     print(told)
     return 0
@@ -256,12 +258,12 @@ def _going(run_dir: Path, retention: store.Retention) -> list[Path]:
     return [*store.superfluous(_root(run_dir), retention), *store.leftovers(_root(run_dir))]
 
 
-def _told(run_dir: Path, going: list[Path]) -> str:
+def _told(run_dir: Path, going: list[Path], *, word: str) -> str:
     sizes = {each: listing.size_of(each) for each in going}
     stay = sum(each not in going for each in store.whole_checkpoints(_root(run_dir)))
-    lines = [f"to remove: {each} ({in_bytes(size)})" for each, size in sizes.items()]
-    return "\n".join([*lines, f"{in_bytes(sum(sizes.values()))} in {len(going)} directories; checkpoints that stay: "
-                      f"{stay}"])  # fmt: skip
+    lines = [f"{word} {each} ({in_bytes(size)})" for each, size in sizes.items()]
+    total = f"{word} {in_bytes(sum(sizes.values()))} in all; checkpoints that stay: {stay}"
+    return "\n".join([*lines, total])
 
 
 def _one_stays_whole(run_dir: Path, going: list[Path]) -> None:

@@ -14,6 +14,7 @@ from moetrain.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from moetrain.archive.values import Difference
+    from moetrain.config.schema import RunConfig
 
 PARTS = ("dense", "router", "experts")
 _KINDS = {"fp32": "weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "state": "state"}
@@ -99,48 +100,53 @@ def held_out_losses(run_dir: Path) -> tuple[dict[int, float], str]:
     return {step: loss for step, loss in found.items() if isinstance(loss, int | float)}, ""
 
 
-def parameters(manifest: store.Manifest) -> dict[str, int]:
-    """Parameters of the model of its settings, in total and part by part."""
+def settings(manifest: store.Manifest) -> RunConfig:
+    """The settings of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: this version cannot read them.
+    """
     from moetrain.config.freeze import freeze
-    from moetrain.plan.flops import count_parameters
 
     try:
-        count = count_parameters(freeze(manifest.run).model)
+        return freeze(manifest.run)
     except ConfigError as error:
-        raise CheckpointError(
-            f"the settings in the manifest of step {manifest.step} are of no model: {error}"
-        ) from None
+        raise CheckpointError(f"the settings in the manifest of step {manifest.step} cannot be read: {error}") from None
+
+
+def parameters(run: RunConfig) -> dict[str, int]:
+    """Parameters of the model, in total and part by part."""
+    from moetrain.plan.flops import count_parameters
+
+    count = count_parameters(run.model)
     parts = (count.non_expert - count.router, count.router, count.experts)
     return {"total": count.total} | dict(zip(PARTS, parts, strict=True))
 
 
-def description(directory: Path, manifest: store.Manifest, parts: Mapping[str, int]) -> Iterator[str]:
+def description(directory: Path, manifest: store.Manifest, run: RunConfig) -> Iterator[str]:
     """The text of ``show``."""
     from moetrain.plan.flops import format_count
 
-    model, batch, optim, schedule = (
-        _section(manifest.run, name) for name in ("model", "batch", "optim", "schedule")
-    )  # fmt: skip
-    moe = model.get("moe")
+    model, batch, schedule, parts = run.model, run.batch, run.schedule, parameters(run)
+    moe = model.moe
     written = (directory / store.MANIFEST).stat().st_mtime
-    data = sum(each.size for each in manifest.files)
-    sparse = f"{moe['num_experts']} experts, top-{moe['top_k']}, router {moe['router']}" if moe else "dense"
-    length = schedule["steps"] if schedule["steps"] is not None else f"{schedule['tokens']:,} tokens"
+    sparse = f"{moe.num_experts} experts, top-{moe.top_k}, router {moe.router}" if moe else "dense"
+    length = f"{schedule.tokens:,} tokens" if schedule.tokens is not None else f"{schedule.steps} steps"
+    parts_text = " + ".join(f"{format_count(parts[name])} {name}" for name in PARTS)
     yield str(directory)
     yield f"  step        {manifest.step:,}, after {manifest.tokens:,} tokens"
     yield f"  written     {time.strftime('%Y-%m-%d %H:%M', time.localtime(written))}, {age(time.time() - written)} ago"
-    yield (f"  layout      {manifest.world_size} ranks, expert parallel {manifest.expert_parallel}, "
-           f"ZeRO-{_section(manifest.run, 'parallel')['zero_stage']}; any other can go on from it")  # fmt: skip
-    yield f"  run         {manifest.run['name']}, seed {manifest.seed}"
-    yield f"  model       {model['num_layers']} blocks, width {model['d_model']}, {sparse}, {model['dtype']}"
-    yield f"  batch       {batch['global_batch']} sequences of {batch['sequence_length'] or model['context']} tokens"
-    yield f"  schedule    {schedule['kind']}, lr {optim['lr']:g}, length {length}"
-    yield (f"  parameters  {format_count(parts['total'])} = "
-           + " + ".join(f"{format_count(parts[name])} {name}" for name in PARTS))  # fmt: skip
+    yield (f"  layout      ranks {manifest.world_size}, expert parallel {manifest.expert_parallel}, "
+           f"ZeRO-{run.parallel.zero_stage}; any other can go on from it")  # fmt: skip
+    yield f"  run         {run.name}, seed {manifest.seed}"
+    yield f"  model       {model.num_layers} blocks, width {model.d_model}, {sparse}, {model.dtype}"
+    yield f"  batch       {batch.global_batch} sequences of {batch.sequence_length or model.context} tokens"
+    yield f"  schedule    {schedule.kind}, lr {run.optim.lr:g}, {length}"
+    yield f"  parameters  {format_count(parts['total'])} = {parts_text}"
     yield f"  holds       fp32 weights{' and both Adam moments' if manifest.has_moments else ' alone'}"
     for name, digest in manifest.data.items():
         yield f"  data        {name} {digest[:12]}"
-    yield f"  files       {len(manifest.files)}, {data:,} bytes"
+    yield f"  files       {len(manifest.files)}, {sum(each.size for each in manifest.files):,} bytes"
     for each in manifest.files:
         yield f"    {each.size:>16,}  {each.name}  {each.sha256[:12]}"
 
@@ -164,12 +170,16 @@ def changed_settings(one: store.Manifest, two: store.Manifest) -> dict[str, tupl
 def difference_lines(differences: Iterable[Difference]) -> Iterator[str]:
     """The table of ``diff``, by part and kind, and the tensors that could not be compared."""
     groups: dict[tuple[str, str], list[Difference]] = {}
+    problems: dict[str, list[str]] = {}
     for each in differences:
         if each.problem:
-            yield f"  {each.name}: {each.problem}"
+            problems.setdefault(each.problem, []).append(each.name)
         else:
             parameter, _, kind = each.name.rpartition("/")
             groups.setdefault((_part(parameter), _KINDS.get(kind, kind)), []).append(each)
+    for problem, names in problems.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{problem}: {', '.join(names[:3])}{more}"
     heads = ["part", "kind", "tensors", "differ", "max abs", "relative", "most in"]
     rows = []
     for (part, kind), members in sorted(groups.items()):
