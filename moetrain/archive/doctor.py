@@ -211,10 +211,20 @@ def _contents(patient: _Patient) -> Iterator[Check]:
     unread = f"{len(found.unreadable)} parameters cannot be read" if found.unreadable else ""
     alone = "" if "exp_avg" in patient.kinds else "written without moments"
     young = _WITHOUT["manifest"] if step is None else "" if step else "no step was taken"
-    yield _unless(unread or alone or young, "moments alive", found.lost, "no moment was set to 0")
+    if manifest is not None and _fades_first(manifest.run):
+        yield Check("moments alive", None, "with optim.beta2 so far below beta1 a second moment may fade away first")
+    else:
+        yield _unless(unread or alone or young, "moments alive", found.lost, "no moment was set to 0")
     young = "at step 0 experts may be copies of one (upcycling)" if step == 0 else ""
     unknown = _WITHOUT["expected"] if expected is None else "" if expected.experts else "a dense model has none"
     yield _unless(unread or unknown or young, "distinct experts", found.twins, "no two of a block are byte-equal")
+
+
+def _fades_first(run: dict[str, Any]) -> bool:
+    """Whether a second moment may be 0 where the first is not: else |m| <= c sqrt(v), by Cauchy and Schwarz."""
+    optim = run.get("optim")
+    beta1, beta2 = (optim.get(name) if isinstance(optim, dict) else None for name in ("beta1", "beta2"))
+    return isinstance(beta1, float) and isinstance(beta2, float) and beta1**2 >= beta2
 
 
 def _unless(reason: str, name: str, problems: list[str], good: str) -> Check:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -80,7 +79,7 @@ def _write(partial: Path, stored: Stored, names: list[str], *, files: int) -> No
         index = MetadataIndex(name, torch.Size([begin]))
         results.append(WriteResult(index, length, _StorageInfo(path.name, position, length)))
         done += values.nbytes
-    writer = dcp.FileSystemWriter(partial, sync_files=True)
+    writer = FileSystemWriter(partial, sync_files=True)
     writer.finish(_index(stored, names), [results])
 
 

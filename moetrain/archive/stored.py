@@ -116,7 +116,7 @@ class Stored:
 
     def _fill(self, out: Tensor, piece: Piece, *, skip: int) -> None:
         path = self.directory / piece.file
-        values = memoryview(out.view(torch.uint8).numpy())
+        values = out.view(torch.uint8).numpy().data
         try:
             with path.open("rb") as file:
                 if piece not in self._values:

@@ -120,7 +120,7 @@ def _read_parameter(stored: Stored, parameter: str, *, experts: int, step: int |
             found.bad.extend(_bad_values(f"{parameter}/{kind}{where}", values, is_squared=kind == MOMENTS[1]))
             slices[kind][expert].is_zero &= not values.any()
             if experts > 1:
-                slices[kind][expert].hash.update(values.view(torch.uint8).numpy())
+                slices[kind][expert].hash.update(values.view(torch.uint8).numpy().data)
         if step and all(moment in block for moment in MOMENTS):
             gone = int(((block["exp_avg_sq"] == 0) & (block["exp_avg"].abs() > _SMALLEST_SQUARED)).sum())
             if gone:

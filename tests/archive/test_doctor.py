@@ -300,3 +300,12 @@ def test_a_file_beside_it_is_named_and_no_fault(checkpoint):
     found = report(checkpoint)["files"]
     assert found.passed
     assert found.detail.endswith("; not of it: notes.txt")
+
+
+def test_a_second_moment_that_may_fade_first_is_no_fault(checkpoint):
+    fill(f"{W_IN}/exp_avg_sq", 0, at=EXPERT, count=EXPERT)(checkpoint)
+    run = store.read_manifest(checkpoint).run
+    sign(checkpoint, run=run | {"optim": run["optim"] | {"beta1": 0.9, "beta2": 0.5}})
+    assert report(checkpoint)["moments alive"].passed is None
+    sign(checkpoint, run=run | {"optim": run["optim"] | {"beta1": 0.9, "beta2": 0.999}})
+    assert report(checkpoint)["moments alive"].passed is False
