@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -107,6 +108,18 @@ def _start(world_size: int, function: Callable[..., Any], args: tuple[Any, ...],
             process.start()
             group.append(process)
     return group
+
+
+@pytest.fixture
+def real_runs(ranks: Ranks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run directories of ``real_checkpoints``, trained once in the whole session."""
+    import real_checkpoints
+
+    kept = tmp_path_factory.getbasetemp() / "real runs"
+    if not kept.exists():
+        ranks(2, real_checkpoints.save_runs, tmp_path / "being made")
+        (tmp_path / "being made").rename(kept)
+    return Path(shutil.copytree(kept, tmp_path / "runs"))
 
 
 def _rank_main(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -43,8 +44,12 @@ def shelf(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "line"), CASES)
-def test_a_command_of_the_docs_runs(page, line, shelf, capsys):
+def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
     words = shlex.split(line, comments=True)
+    if words[:2] == ["moetrain", "checkpoint"]:
+        runs = request.getfixturevalue("real_runs")
+        (runs / "ep2").rename(runs / "tiny")
+        shutil.copytree(runs / "tiny", runs / "other")
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return

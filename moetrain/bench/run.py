@@ -16,6 +16,7 @@ from moetrain.bench.settings import PACKAGES, LayerSettings, StepSettings, missi
 from moetrain.bench.table import Report
 from moetrain.errors import ConfigError
 from moetrain.metrics.console import WorkBar
+from moetrain.parallel.host import keep_freed_memory
 
 
 def run(settings: LayerSettings | StepSettings) -> Report:
@@ -25,6 +26,8 @@ def run(settings: LayerSettings | StepSettings) -> Report:
         ConfigError: CUDA is asked for and not there.
     """
     device = find_device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
     load_before = _load()
     total = layer.runs(settings) if isinstance(settings, LayerSettings) else step.runs(settings)
     remarks: list[str] = []

@@ -107,7 +107,25 @@ def load(directory: Path, fragments: Iterable[Fragment], *, group: dist.ProcessG
             dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         rank = 0 if group is None else dist.get_rank()
+        if any(name.endswith("/exp_avg") for name in state) and not store.read_manifest(directory).has_moments:
+            raise CheckpointError(
+                f"{directory} holds the weights alone (it was written by `moetrain checkpoint reshard … "
+                "moments=false`): it can be evaluated and sampled from; train from the one it was made of"
+            ) from error
         raise CheckpointError(f"{directory} does not fit this model: {_cause(error, rank=rank)}") from error
+
+
+def read_index(directory: Path) -> Metadata:
+    """What a checkpoint's index says: which interval of which tensor lies where.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, or names what no checkpoint of ours holds; nothing of it is run.
+    """
+    path = directory / ".metadata"
+    try:
+        return _unpickle_index(path)
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def newest_whole(root: Path, *, warn: Any) -> tuple[Path, store.Manifest] | None:
@@ -203,9 +221,14 @@ class _Reader(dcp.FileSystemReader):
     """Reads the index through an unpickler that can build the index's own classes and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        raw = (Path(self.path) / ".metadata").read_bytes()
-        metadata: Metadata = _IndexUnpickler(io.BytesIO(raw)).load()
-        return metadata
+        return _unpickle_index(Path(self.path) / ".metadata")
+
+
+def _unpickle_index(path: Path) -> Metadata:
+    metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}, not an index")
+    return metadata
 
 
 class _IndexUnpickler(pickle.Unpickler):

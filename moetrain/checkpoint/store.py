@@ -52,7 +52,19 @@ class Manifest:
     data: dict[str, str]
     """Digests of the token files and the tokenizer."""
     files: list[FileDigest]
+    has_moments: bool = True
+    """Whether the optimizer's moments are in it; without them it can be evaluated, not trained from."""
     format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay; one that either asks for does."""
+
+    keep: int
+    """How many of the newest."""
+    every_steps: int | None = None
+    """Those whose step is a multiple of this; None: none for that reason."""
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -121,20 +133,38 @@ def verify(directory: Path) -> Manifest:
         CheckpointError: naming the first file that is missing, cut short, changed or unreadable.
     """
     manifest = read_manifest(directory)
+    check_name(directory, manifest)
+    for expected in manifest.files:
+        check_file(directory, expected)
+    return manifest
+
+
+def check_name(directory: Path, manifest: Manifest) -> None:
+    """Hold the name of a checkpoint's directory against the step in its manifest.
+
+    Raises:
+        CheckpointError: it is another step's.
+    """
     if directory.name.partition(".")[0] != step_directory(directory.parent, manifest.step).name:
         raise CheckpointError(f"{directory / MANIFEST} is of step {manifest.step}, not of the directory's")
-    for expected in manifest.files:
-        path = directory / expected.name
-        try:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing")
-            if path.stat().st_size != expected.size:
-                raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, but must have {expected.size:,}")
-            if _sha256(path) != expected.sha256:
-                raise CheckpointError(f"{path} has changed: its sha256 is not the one in {MANIFEST}")
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return manifest
+
+
+def check_file(directory: Path, expected: FileDigest, *, digest: bool = True) -> None:
+    """Hold one file against its size and, unless told not to, its digest.
+
+    Raises:
+        CheckpointError: it is missing, cut short, changed or unreadable.
+    """
+    path = directory / expected.name
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != expected.size:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, but must have {expected.size:,}")
+        if digest and _sha256(path) != expected.sha256:
+            raise CheckpointError(f"{path} has changed: its sha256 is not the one in {MANIFEST}")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def whole_checkpoints(root: Path) -> list[Path]:
@@ -148,22 +178,40 @@ def whole_checkpoints(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what crashes left half-written. Called after a save.
+def prune(root: Path, retention: Retention) -> None:
+    """Remove the checkpoints that ``superfluous`` names, and what crashes left half-written. Called after a save."""
+    for leftover in leftovers(root):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for old in superfluous(root, retention):
+        # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
+        pruned = _with_suffix(old, ".pruned.partial")
+        _rename_over(old, pruned)
+        shutil.rmtree(pruned, ignore_errors=True)
+
+
+def superfluous(root: Path, retention: Retention) -> list[Path]:
+    """The checkpoints that need not stay.
 
     Steps beyond the one saved last stay and do not count: the run would have gone on from there, had they not been
     damaged. Counted as newest, they would push out the sound ones.
     """
     whole = whole_checkpoints(root)
     last_saved = max(range(len(whole)), key=lambda i: (_saved_at(whole[i]), i), default=0)
-    for leftover in root.glob("step_*.partial"):
-        if leftover not in whole:
-            shutil.rmtree(leftover, ignore_errors=True)
-    for old in whole[: max(0, last_saved + 1 - keep)]:
-        # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
-        pruned = _with_suffix(old, ".pruned.partial")
-        _rename_over(old, pruned)
-        shutil.rmtree(pruned, ignore_errors=True)
+    old = whole[: max(0, last_saved + 1 - retention.keep)]
+    return [path for path in old if not (retention.every_steps and step_of(path) % retention.every_steps == 0)]
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Directories that a crash left half-written or half-removed, or that a save writes at this moment."""
+    whole = whole_checkpoints(root)
+    return [path for path in sorted(root.glob("step_*.partial")) if path not in whole]
+
+
+def step_of(directory: Path) -> int:
+    """The step in the name of a checkpoint's directory."""
+    match = _NAME.fullmatch(directory.name)
+    assert match is not None, directory
+    return int(match[1])
 
 
 def _saved_at(directory: Path) -> int:

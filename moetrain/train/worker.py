@@ -268,7 +268,7 @@ def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState
         checkpoint_state.save(root, parts.engine.fragments(), manifest=manifest, group=parts.groups.control)
         if parts.is_first:
             try:
-                store.prune(root, keep=parts.run.checkpoint.keep)
+                store.prune(root, store.Retention(keep=parts.run.checkpoint.keep))
             except OSError as error:
                 # the new checkpoint is whole: an old one that will not go is no reason to stop
                 warn(f"warning: old checkpoints could not be removed: {error}")
