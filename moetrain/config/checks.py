@@ -26,6 +26,7 @@ CHOICES = {
     "launch.kind": ("local",),
     "log.wandb": ("auto", "online", "offline", "off"),
     "parallel.zero_stage": (0, 1, 2),
+    "parallel.recompute": ("none", "selective", "full"),
 }
 POSITIVE = (
     "model.vocab_size", "model.context", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",

@@ -207,6 +207,9 @@ class ParallelConfig:
     num_experts."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): 1 shards the optimizer, 2 gradients too."""
+    recompute: str = "none"
+    """Activations that the backward pass works out anew instead of keeping them: none, selective (all but what the
+    experts got and answered, so that nothing travels twice) or full (all inside a block). The results are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

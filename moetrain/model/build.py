@@ -14,6 +14,7 @@ from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.attention import Attention
 from moetrain.model.ffn import FeedForward
 from moetrain.model.gpt import GPT, Block
+from moetrain.model.recompute import Recompute, Run
 from moetrain.moe.assign import BalancedRouter, DenseRouter, ExpertChoiceRouter, HashRouter, SinkhornRouter, hash_table
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts, SharedExpert
@@ -29,6 +30,7 @@ def build_model(
     expert_group: dist.ProcessGroup | None = None,
     world: dist.ProcessGroup | None = None,
     expert_V: Tensor | None = None,
+    recompute: str = "none",
 ) -> GPT:
     """The model without values in its weights; ``initialize`` gives them.
 
@@ -37,14 +39,21 @@ def build_model(
         expert_group: the ranks that share the experts; None when this rank holds all.
         world: all ranks, over which the balance loss counts tokens; None: this rank alone.
         expert_V: the table of the hash router (``assign.hash_table``); None for the others.
+        recompute: what the backward pass works out anew (``model.recompute``).
     """
-    moe = model.moe
+    moe, how = model.moe, Recompute.of(recompute)
     blocks = []
     for index in range(model.num_layers):
         if moe is not None and (index + 1) % moe.every == 0:
             experts = range(moe.num_experts) if local_experts is None else local_experts
             feed_forward: FeedForward | MoELayer = _moe_layer(
-                model, moe, local_experts=experts, expert_group=expert_group, world=world, expert_V=expert_V
+                model,
+                moe,
+                local_experts=experts,
+                expert_group=expert_group,
+                world=world,
+                expert_V=expert_V,
+                run=how.sparse,
             )
         else:
             feed_forward = FeedForward(model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias)
@@ -55,7 +64,8 @@ def build_model(
             d_head=model.d_head or model.d_model // model.num_heads,
             bias=model.bias,
         )
-        blocks.append(Block(attention, feed_forward=feed_forward, norms=(_norm(model), _norm(model))))
+        norms = (_norm(model), _norm(model))
+        blocks.append(Block(attention, feed_forward=feed_forward, norms=norms, recompute=how))
     return GPT(
         blocks,
         embedding=nn.Embedding(model.vocab_size, model.d_model),
@@ -126,6 +136,7 @@ def _moe_layer(
     expert_group: dist.ProcessGroup | None,
     world: dist.ProcessGroup | None,
     expert_V: Tensor | None,
+    run: Run,
 ) -> MoELayer:
     d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
     shared = None
@@ -151,6 +162,7 @@ def _moe_layer(
             drop=moe.drop,
         ),
         shared=shared,
+        run=run,
     )
 
 

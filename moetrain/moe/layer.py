@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +73,8 @@ class MoELayer(nn.Module):
         balance_by_sequence: the balance loss is taken of each sequence by itself.
         capacity: room of the experts.
         shared: visited by every token; None: there is none.
+        run: calls router, experts and shared expert, perhaps a second time in the backward pass instead of keeping
+            what is inside; what travels between them is kept.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class MoELayer(nn.Module):
         balance_by_sequence: bool = False,
         capacity: Capacity | None = None,
         shared: SharedExpert | None = None,
+        run: Callable[..., Any] = lambda function, *args: function(*args),
     ) -> None:
         super().__init__()
         self.router = router
@@ -92,6 +97,7 @@ class MoELayer(nn.Module):
         self.balance_group = balance_group
         self.balance_by_sequence = balance_by_sequence
         self.capacity = capacity or Capacity()
+        self.run = run
 
     def forward(self, x: Tensor, token_BS: Tensor | None = None, replay: Choice | None = None) -> MoEOutput:
         """Args:
@@ -100,15 +106,26 @@ class MoELayer(nn.Module):
         replay: a choice to repeat, for recomputation and debugging; None: the router chooses.
         """
         x_TD = x.reshape(-1, x.shape[-1])
-        chosen: Routing = self.router(x_TD, None if token_BS is None else token_BS.flatten(), replay)
+        chosen = self._route(x_TD, None if token_BS is None else token_BS.flatten(), replay)
         routing = self._limited(chosen)
         rows = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(rows.x_RD, rows.count_e)
+        y_RD = self.run(self.experts, rows.x_RD, rows.count_e)
         y_TD = self.dispatcher.combine(y_RD, rows.receipt)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + self.run(self.shared, x_TD)
         losses = routing.losses | self._losses(routing, length=x.shape[-2])
         return MoEOutput(hidden_TD=y_TD.view_as(x), losses=losses, load=_load(routing, losses), choice=chosen.choice)
+
+    def _route(self, x_TD: Tensor, token_T: Tensor | None, choice: Choice | None) -> Routing:
+        def route(x_TD: Tensor) -> Routing:
+            nonlocal choice
+            routing: Routing = self.router(x_TD, token_T, choice)
+            # for a second run: it must not choose anew
+            choice = routing.choice
+            return routing
+
+        chosen: Routing = self.run(route, x_TD)
+        return chosen
 
     def _limited(self, routing: Routing) -> Routing:
         factor = self.capacity.factor if self.training else self.capacity.evaluation_factor

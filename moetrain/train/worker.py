@@ -196,6 +196,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
             seed=run.seed,
             frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
         ),
+        recompute=run.parallel.recompute,
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)
     objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
