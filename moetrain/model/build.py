@@ -13,7 +13,7 @@ from moetrain.config.routers import resolve_router
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.attention import Attention
 from moetrain.model.ffn import FeedForward
-from moetrain.model.gpt import GPT, Block
+from moetrain.model.gpt import GPT, Block, TokenEmbedding
 from moetrain.model.recompute import Recompute, Run
 from moetrain.moe.assign import BalancedRouter, DenseRouter, ExpertChoiceRouter, HashRouter, SinkhornRouter, hash_table
 from moetrain.moe.dispatch import Dispatcher
@@ -68,7 +68,7 @@ def build_model(
         blocks.append(Block(attention, feed_forward=feed_forward, norms=norms, recompute=how))
     return GPT(
         blocks,
-        embedding=nn.Embedding(model.vocab_size, model.d_model),
+        embedding=TokenEmbedding(model.vocab_size, model.d_model),
         positions=nn.Embedding(model.context, model.d_model) if model.positions == "learned" else None,
         rope_theta=model.rope_theta if model.positions == "rope" else None,
         norm=_norm(model),

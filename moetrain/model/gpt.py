@@ -95,6 +95,22 @@ class _Halfway:
     normed_BSD: Tensor
 
 
+class TokenEmbedding(nn.Embedding):
+    """From ids to vectors, and from vectors to scores of the ids where the output layer shares the weights.
+
+    One module for both ways: an engine that spreads weights over ranks brings them together where the module that owns
+    them is called, and nowhere else.
+    """
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Args:
+        given: ids, int64 of any shape; or vectors [..., D].
+        """
+        if given.is_floating_point():
+            return nn.functional.linear(given, self.weight)
+        return super().forward(given)
+
+
 class GPT(nn.Module):
     """Token ids to scores of the next token.
 
@@ -110,7 +126,7 @@ class GPT(nn.Module):
         self,
         blocks: list[Block],
         *,
-        embedding: nn.Embedding,
+        embedding: TokenEmbedding,
         positions: nn.Embedding | None,
         rope_theta: float | None,
         norm: nn.Module,
@@ -147,8 +163,8 @@ class GPT(nn.Module):
             x = output.hidden_BSD
             if output.moe is not None:
                 moe.append(output.moe)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return GPTOutput(logit_BSV=nn.functional.linear(self.norm(x), weight), moe=moe)
+        head = self.embedding if self.head is None else self.head
+        return GPTOutput(logit_BSV=head(self.norm(x)), moe=moe)
 
     def router_state(self) -> dict[str, Tensor]:
         """State of the routers that no optimizer holds, by global name; the same on every rank."""

@@ -14,20 +14,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from moetrain.checkpoint.state import Fragment
 from moetrain.errors import TrainingError
+from moetrain.model.gpt import Block
 from moetrain.model.objective import Losses, Objective
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel.groups import Groups
 
 BUCKET_ELEMENTS = 50_000_000
+LIVE_ELEMENTS = 1_000_000_000
+KEPT_WHOLE_ELEMENTS = 100_000
+"""At ZeRO 3, weights of at most this many elements stay on every rank: gathering them costs more than keeping them."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def deepspeed_config(
-    *, micro_batch: int, accumulation: int, world_size: int, zero_stage: int, dtype: str, clip: float
+    *,
+    micro_batch: int,
+    accumulation: int,
+    world_size: int,
+    zero_stage: int,
+    dtype: str,
+    clip: float,
+    offload_optimizer: bool = False,
 ) -> dict[str, Any]:
     """The whole configuration of the engine.
 
@@ -54,6 +66,12 @@ def deepspeed_config(
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "round_robin_gradients": False,
             "compute_grad_norm": True,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True} if offload_optimizer else None,
+            "sub_group_size": LIVE_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "stage3_param_persistence_threshold": KEPT_WHOLE_ELEMENTS,
         },
         # the optimizer is torch's fused AdamW: it needs no compiler at run time, and is not on DeepSpeed's list
         "zero_allow_untested_optimizer": True,
@@ -96,17 +114,23 @@ class Engine:
         self._counts: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
+        if self._stage == 3:
+            _leave_out_of_hooks(self.gpt)
         adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=adamw, config=config, dist_init_required=False
         )
         self._adamw = adamw
         _check_groups(self.gpt, groups)
-        _start_moments(adamw)
+        if self._stage == 3:
+            _keep_routers_whole(self.gpt)
+        _start_moments(adamw, self._flats())
 
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
-        losses: Losses = self._engine(token_BS, target_BS)
+        # ZeRO 3 lets go of a module's weights after its forward, which a second pass that ends early would not reach
+        with set_checkpoint_early_stop(self._stage < 3):
+            losses: Losses = self._engine(token_BS, target_BS)
         if self._wants_counts:
             counts = torch.stack([load.count_E for load in losses.load])
             self._counts = counts if self._counts is None else self._counts + counts
@@ -144,7 +168,7 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of master weights and moments, as views (see ``checkpoint.state``)."""
         for parameter, flat, start, offset, numel in self._shares():
-            name, numel_here = self._names[parameter], parameter.numel()
+            name, numel_here = self._names[parameter], _numel(parameter)
             ranks = self._groups.topology.expert_parallel if _is_expert(parameter) else 1
             base = self._groups.topology.expert_rank * numel_here if ranks > 1 else 0
             state = self._adamw.state[flat]
@@ -159,8 +183,21 @@ class Engine:
         """Take over what a load has put into the views of ``fragments``."""
         for state in self._adamw.state.values():
             state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
-        if self._stage > 0:
+        if self._stage == 3:
+            _spread_masters(self._engine.optimizer)
+        elif self._stage > 0:
             self._engine.optimizer.update_lp_params()
+
+    def _flats(self) -> list[Tensor]:
+        """The tensors that AdamW steps on: this rank's share of the master weights, one for each group of parameters."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return list(self._names)
+        if self._stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if hasattr(optimizer, "bit16_groups"):
+            return list(optimizer.single_partition_of_fp32_groups)
+        return list(optimizer.fp32_groups_flat_partition)
 
     def _shares(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
         """(parameter, flat master tensor, start in it, offset in the parameter, elements) of this rank."""
@@ -168,12 +205,12 @@ class Engine:
             for parameter in self._names:
                 yield parameter, parameter, 0, 0, parameter.numel()
             return
+        if self._stage == 3:
+            yield from _even_shares(self._engine.optimizer)
+            return
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "bit16_groups"):
-            groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-        else:
-            groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
-        for parameters, flat in zip(groups, flats, strict=True):
+        groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+        for parameters, flat in zip(groups, self._flats(), strict=True):
             for parameter in parameters:
                 share = parameter._hp_mapping
                 if share is not None:
@@ -253,14 +290,74 @@ def _parameter_groups(gpt: nn.Module, *, weight_decay: float, **adamw: Any) -> l
     return [group for group in split if group["params"]]
 
 
-def _start_moments(adamw: torch.optim.AdamW) -> None:
-    """Give every parameter its Adam state before the first step, so that a load has somewhere to put it."""
-    for group in adamw.param_groups:
-        for parameter in group["params"]:
-            state = adamw.state[parameter]
-            for moment in MOMENTS:
-                state.setdefault(moment, torch.zeros_like(parameter.data))
-            state.setdefault("step", torch.zeros((), device=parameter.device))
+def _start_moments(adamw: torch.optim.AdamW, flats: list[Tensor]) -> None:
+    """Give all that is stepped on its Adam state before the first step, so that a load has somewhere to put it."""
+    for flat in flats:
+        state = adamw.state[flat]
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(flat.data))
+        state.setdefault("step", torch.zeros((), device=flat.device))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # at ZeRO 3 the parameter itself is empty between its uses
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _even_shares(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+    """The shares of ZeRO 3: each parameter is cut evenly over its ranks, the last of them padded."""
+    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        start = 0
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            offset = dist.get_rank(parameter.ds_process_group) * size
+            numel = min(size, parameter.ds_numel - offset)
+            if numel > 0:
+                yield parameter, flat, start, offset, numel
+            start += size
+
+
+def _spread_masters(optimizer: Any) -> None:
+    """ZeRO 3: bring what was loaded into the master weights to the weights that the model computes with."""
+    optimizer.checkpoint_event_prologue()
+    for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+        optimizer._unflatten_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()
+
+
+class _NoHook:
+    """In the place of the function by which DeepSpeed learns that a module's backward is over."""
+
+    @staticmethod
+    def apply(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _leave_out_of_hooks(gpt: nn.Module) -> None:
+    """ZeRO 3, before ``initialize``: modules whose answer is no tensor get no backward hooks.
+
+    DeepSpeed brackets the backward of a module with one hook on the tensors of its answer, which gathers its weights,
+    and one on its arguments, which lets them go. It does not find the tensors in our results (``Routing``,
+    ``MoEOutput``, ``BlockOutput``), and then asserts that the second is never without the first. These modules have no
+    weights of their own, save the routers (``_keep_routers_whole``).
+    """
+    for module in gpt.modules():
+        if isinstance(module, MoELayer):
+            module.post_bwd_fn = module.router.post_bwd_fn = _NoHook
+        elif isinstance(module, Block):
+            module.post_bwd_fn = _NoHook
+
+
+def _keep_routers_whole(gpt: nn.Module) -> None:
+    """ZeRO 3, after ``initialize``: the routers' weights, which are small, are let go at the optimizer step alone.
+
+    Without hooks nothing would gather them again for the backward pass.
+    """
+    for module in gpt.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.router.parameters():
+                parameter.is_external_param = True
 
 
 def _check_groups(gpt: nn.Module, ours: Groups) -> None:

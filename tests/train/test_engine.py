@@ -25,7 +25,8 @@ MODEL = ModelConfig(vocab_size=128, context=16, d_model=32, num_layers=2, num_he
 LOSS_FREE = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, d_expert=32, every=1, router="sigmoid_bias",
                                          bias_update_rate=0.02, num_shared_experts=1, shared_gate=True))  # fmt: skip
 """With a bias that no optimizer holds, moved by the load of the whole batch."""
-MODELS = {"top_k": MODEL, "loss_free": LOSS_FREE}
+UNTIED = replace(MODEL, tie_embeddings=False, positions="learned")
+MODELS = {"top_k": MODEL, "loss_free": LOSS_FREE, "untied": UNTIED}
 ROWS, STEPS, LR, CLIP = 8, 5, 1e-2, 0.5
 # eps above the rounding noise: the gradient of the keys' bias is 0 but for rounding (softmax does not see a shift), and
 # Adam with a smaller eps would blow that noise up to whole steps
@@ -41,8 +42,9 @@ def plain_loop(*, accumulation: int, clip: float = CLIP, steps: int = STEPS, mod
     gpt = build_model(MODELS[model])
     initialize(gpt, init_std=0.1, seed=1)
     objective = Objective(gpt, loss_weights={"balance": 0.02, "z": 0.002})
-    decayed = [p for p in gpt.parameters() if p.dim() > 1]
-    others = [p for p in gpt.parameters() if p.dim() == 1]
+    named = dict(gpt.named_parameters())
+    decayed = [p for name, p in named.items() if p.dim() > 1 and name != "positions.weight"]
+    others = [p for name, p in named.items() if p.dim() == 1 or name == "positions.weight"]
     adamw = torch.optim.AdamW(
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}], **OPTIMIZER, foreach=False
     )
@@ -82,6 +84,10 @@ class Layout:
     clip: float = CLIP
     dtype: str = "fp32"
     model: str = "top_k"
+    offload: bool = False
+    recompute: str = "none"
+    kept_whole: int = 0
+    """At ZeRO 3: these models are so small that nothing would be cut with the engine's own threshold."""
 
 
 def make_engine(rank: int, layout: Layout):
@@ -89,11 +95,12 @@ def make_engine(rank: int, layout: Layout):
     topology = Topology(world_size=world_size, rank=rank, expert_parallel=layout.expert_parallel)
     groups = process_groups.make(topology, device=torch.device("cpu"))
     gpt = build_model(MODELS[layout.model], local_experts=topology.local_experts(4), expert_group=groups.expert,
-                      world=groups.world)  # fmt: skip
+                      world=groups.world, recompute=layout.recompute)  # fmt: skip
     initialize(gpt, init_std=0.1, seed=1)
     config = deepspeed_config(micro_batch=ROWS // world_size // layout.accumulation, accumulation=layout.accumulation,
                               world_size=world_size, zero_stage=layout.stage, dtype=layout.dtype,
-                              clip=layout.clip)  # fmt: skip
+                              clip=layout.clip, offload_optimizer=layout.offload)  # fmt: skip
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = layout.kept_whole
     objective = Objective(gpt, loss_weights={"balance": 0.02, "z": 0.002})
     return Engine(objective, groups=groups, config=config, optimizer=OPTIMIZER, clip=layout.clip), groups
 
@@ -142,12 +149,16 @@ def train_rank(rank: int, layouts: list[Layout]):
 @pytest.mark.parametrize(
     ("world_size", "layouts"),
     [
-        (1, [Layout(), Layout(stage=0, accumulation=4)]),
+        (1, [Layout(), Layout(stage=0, accumulation=4), Layout(stage=3, accumulation=2)]),
         (2, [Layout(expert_parallel=2, stage=0), Layout(expert_parallel=2, accumulation=2), Layout(clip=0.0),
              Layout(expert_parallel=2, stage=2, accumulation=2), Layout(expert_parallel=2, stage=0, accumulation=2),
              Layout(expert_parallel=2, accumulation=2, model="loss_free"), Layout(stage=0, model="loss_free")]),
+        (2, [Layout(stage=3), Layout(stage=3, expert_parallel=2, accumulation=2),
+             Layout(stage=3, expert_parallel=2, accumulation=2, model="loss_free"), Layout(stage=3, model="untied"),
+             Layout(stage=3, expert_parallel=2, kept_whole=100_000, clip=0.0)]),
         (4, [Layout(expert_parallel=2, stage=2), Layout(expert_parallel=4, accumulation=2),
-             Layout(expert_parallel=2, stage=0)]),
+             Layout(expert_parallel=2, stage=0), Layout(stage=3, expert_parallel=2),
+             Layout(stage=3, expert_parallel=4, accumulation=2)]),
     ],
 )  # fmt: skip
 def test_every_layout_trains_as_a_plain_loop_does(ranks, world_size, layouts):
