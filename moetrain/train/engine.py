@@ -72,6 +72,8 @@ def deepspeed_config(
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
             "stage3_param_persistence_threshold": KEPT_WHOLE_ELEMENTS,
+            # it would replace torch's linear function for the whole process, by one that rounds biases in bf16
+            "memory_efficient_linear": False,
         },
         # the optimizer is torch's fused AdamW: it needs no compiler at run time, and is not on DeepSpeed's list
         "zero_allow_untested_optimizer": True,
