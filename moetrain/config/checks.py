@@ -25,7 +25,7 @@ CHOICES = {
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "launch.kind": ("local",),
     "log.wandb": ("auto", "online", "offline", "off"),
-    "parallel.zero_stage": (0, 1, 2),
+    "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.recompute": ("none", "selective", "full"),
 }
 POSITIVE = (
@@ -265,8 +265,13 @@ def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
 def _engine(run: RunConfig) -> Iterator[str]:
     if run.parallel.zero_stage == 0 and run.model.dtype == "bf16":
         yield (
-            "parallel.zero_stage is 0, but must be 1 or 2 with model.dtype=bf16: DeepSpeed 0.19 takes a wrong first "
+            "parallel.zero_stage is 0, but must be 1, 2 or 3 with model.dtype=bf16: DeepSpeed 0.19 takes a wrong first "
             "Adam step at stage 0 in bf16"
+        )
+    if run.parallel.zero_stage == 0 and run.parallel.offload_optimizer:
+        yield (
+            "parallel.offload_optimizer is true, but parallel.zero_stage is 0, where the optimizer works on the "
+            "model's own weights: use 1, 2 or 3"
         )
 
 

@@ -206,7 +206,10 @@ class ParallelConfig:
     """Ranks that share one set of experts. null: the largest number that divides both the processes of a node and
     num_experts."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): 1 shards the optimizer, 2 gradients too."""
+    """DeepSpeed ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): 1 shards the optimizer, 2 gradients too, 3 also
+    the weights (each is gathered where it is used)."""
+    offload_optimizer: bool = False
+    """Master weights, moments and the optimizer's step in the host's memory; needs zero_stage 1 or more."""
     recompute: str = "none"
     """Activations that the backward pass works out anew instead of keeping them: none, selective (all but what the
     experts got and answered, so that nothing travels twice) or full (all inside a block). The results are the same."""

@@ -1,9 +1,8 @@
 """DeepSpeed behind a few methods. The only place of the training path that imports it.
 
 DeepSpeed finds expert weights by the class of the module that holds them and by marks on the parameters; both are put
-on here, from outside, so that the layers know nothing of it (``adopt_experts``). Every key of its configuration that
-this project depends on is written out (``deepspeed_config``): some of its defaults, such as clipping at 1.0 when no
-clipping was asked for, would change the training.
+on here, from outside, so that the layers know nothing of it (``adopt_experts``). Its configuration is
+``config.deepspeed``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from moetrain.checkpoint.state import Fragment
 from moetrain.errors import TrainingError
@@ -24,67 +22,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel.groups import Groups
 
-BUCKET_ELEMENTS = 50_000_000
-LIVE_ELEMENTS = 1_000_000_000
-KEPT_WHOLE_ELEMENTS = 100_000
-"""At ZeRO 3, weights of at most this many elements stay on every rank: gathering them costs more than keeping them."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def deepspeed_config(
-    *,
-    micro_batch: int,
-    accumulation: int,
-    world_size: int,
-    zero_stage: int,
-    dtype: str,
-    clip: float,
-    offload_optimizer: bool = False,
-) -> dict[str, Any]:
-    """The whole configuration of the engine.
-
-    At stage 0 clipping is ours: DeepSpeed 0.19 averages the norms of ranks that hold different experts.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": clip if zero_stage > 0 else 0.0,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "gradient_allreduce_op": "mean",
-        "bf16": {"enabled": dtype == "bf16", "immediate_grad_update": True, "check_grad_overflow": True},
-        "fp16": {"enabled": False},
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "round_robin_gradients": False,
-            "compute_grad_norm": True,
-            "offload_optimizer": {"device": "cpu", "pin_memory": True} if offload_optimizer else None,
-            "sub_group_size": LIVE_ELEMENTS,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            "stage3_max_live_parameters": LIVE_ELEMENTS,
-            "stage3_max_reuse_distance": LIVE_ELEMENTS,
-            "stage3_param_persistence_threshold": KEPT_WHOLE_ELEMENTS,
-            # it would replace torch's linear function for the whole process, by one that rounds biases in bf16
-            "memory_efficient_linear": False,
-        },
-        # the optimizer is torch's fused AdamW: it needs no compiler at run time, and is not on DeepSpeed's list
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "use_data_before_expert_parallel_": False,
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-        "memory_breakdown": False,
-        "dump_state": False,
-        "flops_profiler": {"enabled": False},
-    }
 
 
 class Engine:
@@ -93,7 +31,7 @@ class Engine:
     Args:
         objective: the model with its loss, on this rank's device.
         groups: this rank's process groups.
-        config: from ``deepspeed_config``.
+        config: from ``config.deepspeed.deepspeed_config``.
         optimizer: keyword arguments of AdamW: lr, betas, eps, weight_decay.
         clip: largest global gradient norm; 0: none.
     """
@@ -120,9 +58,11 @@ class Engine:
             _leave_out_of_hooks(self.gpt)
         adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
         self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=adamw, config=config, dist_init_required=False
+            model=_Root(objective), optimizer=adamw, config=config, dist_init_required=False
         )
         self._adamw = adamw
+        self._entered = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+        self._depth = len(self._entered)
         _check_groups(self.gpt, groups)
         if self._stage == 3:
             _keep_routers_whole(self.gpt)
@@ -130,13 +70,14 @@ class Engine:
 
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
-        # ZeRO 3 lets go of a module's weights after its forward, which a second pass that ends early would not reach
-        with set_checkpoint_early_stop(self._stage < 3):
-            losses: Losses = self._engine(token_BS, target_BS)
+        losses: Losses
+        total, losses = self._engine(token_BS, target_BS)
         if self._wants_counts:
             counts = torch.stack([load.count_E for load in losses.load])
             self._counts = counts if self._counts is None else self._counts + counts
-        self._engine.backward(losses.total)
+        self._engine.backward(total)
+        # a recomputation stops as soon as it has what it needs, and leaves modules without the hook that takes them off
+        del self._entered[self._depth :]
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; the optimizer steps at the boundary alone
         return losses
@@ -191,7 +132,7 @@ class Engine:
             self._engine.optimizer.update_lp_params()
 
     def _flats(self) -> list[Tensor]:
-        """The tensors that AdamW steps on: this rank's share of the master weights, one for each group of parameters."""
+        """What AdamW steps on: this rank's share of the master weights, one tensor for each group of parameters."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
             return list(self._names)
@@ -235,6 +176,22 @@ class Engine:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._clip / norm)
         return norm
+
+
+class _Root(nn.Module):
+    """The objective with its total as a tensor by itself.
+
+    DeepSpeed hangs what it does at the start of a backward pass on the tensors of the answer: without one, offloaded
+    gradients of accumulated micro-batches are lost at ZeRO 3.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, token_BS: Tensor, target_BS: Tensor) -> tuple[Tensor, Losses]:
+        losses: Losses = self.objective(token_BS, target_BS)
+        return losses.total, losses
 
 
 def adopt_experts(gpt: nn.Module, *, expert_parallel: int) -> None:

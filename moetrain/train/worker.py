@@ -24,6 +24,7 @@ from torch import Tensor
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint import store
 from moetrain.config.checks import in_steps, steps_in_run
+from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.freeze import freeze, read_run, to_dict
 from moetrain.config.identity import differences, is_fixed
 from moetrain.config.routers import loss_weights
@@ -41,7 +42,7 @@ from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
 from moetrain.plan.flops import flops_per_token
-from moetrain.train.engine import Engine, deepspeed_config
+from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import StopRequest
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
@@ -207,6 +208,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         zero_stage=run.parallel.zero_stage,
         dtype=run.model.dtype,
         clip=run.optim.clip,
+        offload_optimizer=run.parallel.offload_optimizer,
     )
     optimizer = {
         "lr": run.optim.lr,

@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint.store import Manifest
+from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.errors import TrainingError
 from moetrain.model.build import build_model, initialize
 from moetrain.model.objective import Objective, negative_log_likelihood
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
-from moetrain.train.engine import Engine, deepspeed_config
+from moetrain.train.engine import Engine
 
 MODEL = ModelConfig(vocab_size=128, context=16, d_model=32, num_layers=2, num_heads=4, d_ff=64, bias=True,
                     norm="layernorm", moe=MoEConfig(num_experts=4, d_expert=32, every=2))  # fmt: skip
