@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moetrain.model.ffn import FeedForward
 from moetrain.moe.dispatch import Dispatcher
-from moetrain.moe.experts import Experts, activate, grouped_linear
+from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.router import TopKRouter
 
@@ -31,7 +31,7 @@ SHAPES = ((8, 2), (64, 2), (64, 8))
 def make_layer(*, num_experts: int, top_k: int, dtype: torch.dtype) -> MoELayer:
     experts = Experts(D_MODEL, d_expert=D_ACTIVE // top_k, activation="swiglu", global_ids=range(num_experts))
     router = TopKRouter(D_MODEL, num_experts=num_experts, top_k=top_k, renormalize=True)
-    layer = MoELayer(router, experts=experts, dispatcher=Dispatcher(None), balance_group=None)
+    layer = MoELayer(router, experts=experts, dispatcher=Dispatcher(None))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return layer.to(dtype)
@@ -47,8 +47,7 @@ def dense_step(block: FeedForward, x: Tensor) -> None:
 
 
 def floor_step(experts: Experts, x_RD: Tensor, count_e: Tensor) -> None:
-    h = activate(grouped_linear(x_RD, experts.w_in, count_e), activation="swiglu")
-    grouped_linear(h, experts.w_out, count_e).float().sum().backward()
+    experts(x_RD, count_e).float().sum().backward()
 
 
 def measure(contestants: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ CHOICES = {
     "model.moe.gate": ("sigmoid", "softmax"),
     "model.moe.hash_table": ("balanced", "random"),
     "model.moe.pooling": ("soft", "winner"),
-    "model.moe.balance_scope": ("all_ranks", "micro_batch", "sequence"),
+    "model.moe.balance_scope": ("global_batch", "micro_batch", "sequence"),
     "model.moe.drop": ("position", "probability"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rope", "learned"),
@@ -37,7 +37,7 @@ POSITIVE = (
     "batch.sequence_length", "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "evaluate.every_steps",
-    "evaluate.max_sequences", "log.every_steps", "log.peak_tflops",
+    "evaluate.max_sequences", "log.every_steps", "log.dead_after_steps", "log.peak_tflops",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "model.moe.balance_weight", "model.moe.z_weight", "model.moe.importance_weight",

@@ -57,9 +57,9 @@ class MoEConfig:
     balance_weight: float | None = None
     """Weight of the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equation 4). null: 0.01 for top_k, switch
     and gshard, 0 for the rest."""
-    balance_scope: str = "all_ranks"
-    """Tokens over which the balance loss counts: all_ranks (of one micro-step), micro_batch (of one rank) or
-    sequence."""
+    balance_scope: str = "global_batch"
+    """Whose choices the balance loss counts: global_batch (all tokens of the step before; the same gradient on every
+    layout), micro_batch (of one rank) or sequence."""
     z_weight: float | None = None
     """Weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5). null: 0.001 for top_k, else 0."""
     capacity_factor: float | None = None
@@ -255,6 +255,8 @@ class LogConfig:
 
     every_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
+    dead_after_steps: int = 100
+    """An expert that no token has chosen for this many steps is reported as dead."""
     wandb: str = "auto"
     """auto (online when logged in, else offline), online, offline or off."""
     wandb_project: str = "moetrain"

@@ -31,7 +31,7 @@ def load_model(run_dir: Path, *, warn: Callable[[str], None]) -> tuple[RunConfig
     # a hash router's table comes with the checkpoint; until then it only needs its size
     gpt = build_model(run.model, expert_V=torch.zeros(run.model.vocab_size, dtype=torch.int64))
     tensors = {f"{name}/fp32": parameter.detach() for name, parameter in gpt.named_parameters()}
-    tensors |= {f"{name}/state": state for name, state in gpt.router_state().items()}
+    tensors |= {f"{name}/state": state for name, state in gpt.moe_state().items()}
     fragments = [Fragment(name, tensor.view(-1), 0, tensor.numel()) for name, tensor in tensors.items()]
     load(newest[0], fragments, group=None)
     return run, gpt.eval()

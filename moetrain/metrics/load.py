@@ -33,6 +33,8 @@ class LoadReport:
     """[L]: mean over tokens of -sum_i p_i ln p_i in nats, p being the router's probabilities; at most ln E."""
     dropped_share: list[float]
     """[L]: copies that found no room / copies sent."""
+    dead: list[list[int]]
+    """[L][...]: ids of the experts that no token has chosen for ``dead_after`` steps."""
     balance_loss: list[float]
     """[L]: mean load-balancing loss, unweighted, each micro-batch counting by its tokens."""
     z_loss: list[float]
@@ -46,10 +48,13 @@ class LoadMeter:
         num_layers: MoE layers, L.
         num_experts: experts in a layer over all ranks, E.
         device: where the counts are; the sums stay there.
+        dead_after: steps without a token after which an expert is called dead.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str) -> None:
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str, *, dead_after: int = 1) -> None:
         self.num_experts = num_experts
+        self._dead_after = dead_after
+        self._idle_steps = [[0] * num_experts for _ in range(num_layers)]
         # float64 holds counts exactly up to 2^53, and so one tensor, and one all-reduce, holds everything.
         self._sums = torch.zeros(num_layers, num_experts + 5, dtype=torch.float64, device=device)
 
@@ -85,7 +90,7 @@ class LoadMeter:
         rest[_BALANCE].add_(balance, alpha=tokens)
         rest[_Z].add_(z, alpha=tokens)
 
-    def read(self, group: dist.ProcessGroup | None = None) -> LoadReport:
+    def read(self, group: dist.ProcessGroup | None = None, *, steps: int = 1) -> LoadReport:
         """The report since the last one, summed over the ranks, and a fresh start.
 
         Every rank of the group calls it, and waits there for its device.
@@ -93,6 +98,7 @@ class LoadMeter:
         Args:
             group: ranks to sum over, in one all-reduce. None: all of them where torch.distributed is initialized,
                 else this process alone.
+            steps: optimizer steps since the last report.
         """
         if group is not None or (dist.is_available() and dist.is_initialized()):
             dist.all_reduce(self._sums, group=group)
@@ -101,8 +107,13 @@ class LoadMeter:
         experts = self.num_experts
         shares = [[_ratio(count, sum(row[:experts])) for count in row[:experts]] for row in rows]
         rests = [row[experts:] for row in rows]
+        self._idle_steps = [
+            [0 if share > 0 else idle + steps for share, idle in zip(layer, idles, strict=True)]
+            for layer, idles in zip(shares, self._idle_steps, strict=True)
+        ]
         return LoadReport(
             share=shares,
+            dead=[[i for i, idle in enumerate(idles) if idle >= self._dead_after] for idles in self._idle_steps],
             max_over_mean=[max(share) * experts for share in shares],
             cv=[math.sqrt(sum((s - 1 / experts) ** 2 for s in share) / experts) * experts for share in shares],
             entropy=[_ratio(rest[_ENTROPY], rest[_TOKENS]) for rest in rests],

@@ -28,7 +28,6 @@ def build_model(
     *,
     local_experts: range | None = None,
     expert_group: dist.ProcessGroup | None = None,
-    world: dist.ProcessGroup | None = None,
     expert_V: Tensor | None = None,
     recompute: str = "none",
 ) -> GPT:
@@ -37,7 +36,6 @@ def build_model(
     Args:
         local_experts: global ids of the experts on this rank; None: all of them.
         expert_group: the ranks that share the experts; None when this rank holds all.
-        world: all ranks, over which the balance loss counts tokens; None: this rank alone.
         expert_V: the table of the hash router (``assign.hash_table``); None for the others.
         recompute: what the backward pass works out anew (``model.recompute``).
     """
@@ -51,7 +49,6 @@ def build_model(
                 moe,
                 local_experts=experts,
                 expert_group=expert_group,
-                world=world,
                 expert_V=expert_V,
                 run=how.sparse,
             )
@@ -134,7 +131,6 @@ def _moe_layer(
     *,
     local_experts: range,
     expert_group: dist.ProcessGroup | None,
-    world: dist.ProcessGroup | None,
     expert_V: Tensor | None,
     run: Run,
 ) -> MoELayer:
@@ -153,8 +149,7 @@ def _moe_layer(
             dropout=moe.dropout,
         ),
         dispatcher=Dispatcher(expert_group),
-        balance_group=world if moe.balance_scope == "all_ranks" else None,
-        balance_by_sequence=moe.balance_scope == "sequence",
+        balance_scope=moe.balance_scope,
         capacity=Capacity(
             factor=moe.capacity_factor,
             evaluation_factor=moe.evaluation_capacity_factor,

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from moetrain.model.attention import Attention, Rotation, rotation
 from moetrain.model.ffn import FeedForward
 from moetrain.model.recompute import Recompute
-from moetrain.moe.assign import HashRouter
 from moetrain.moe.layer import MoELayer, MoEOutput
-from moetrain.moe.router import SigmoidBiasRouter
 from moetrain.moe.routing import Choice
 
 
@@ -166,24 +164,17 @@ class GPT(nn.Module):
         head = self.embedding if self.head is None else self.head
         return GPTOutput(logit_BSV=head(self.norm(x)), moe=moe)
 
-    def router_state(self) -> dict[str, Tensor]:
-        """State of the routers that no optimizer holds, by global name; the same on every rank."""
-        state = {}
-        for name, module in self.named_modules():
-            if isinstance(module, SigmoidBiasRouter):
-                state[f"{name}.bias_E"] = module.bias_E
-            elif isinstance(module, HashRouter):
-                state[f"{name}.expert_V"] = module.expert_V
-        return state
+    def moe_state(self) -> dict[str, Tensor]:
+        """State of the MoE blocks that no optimizer holds, by global name; the same on every rank."""
+        return {
+            f"blocks.{index}.feed_forward.{name}": tensor
+            for index, block in enumerate(self.blocks)
+            if isinstance(block.feed_forward, MoELayer)
+            for name, tensor in block.feed_forward.state().items()
+        }
 
-    @property
-    def wants_counts(self) -> bool:
-        """Whether any router asks for ``after_step``."""
-        return any(isinstance(module, SigmoidBiasRouter) for module in self.modules())
-
-    def after_step(self, counts: list[Tensor]) -> None:
-        """Let the routers that ask for it see the load of the global batch, [E] for each MoE block."""
-        routers = [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
-        for router, count_E in zip(routers, counts, strict=True):
-            if isinstance(router, SigmoidBiasRouter):
-                router.after_step(count_E)
+    def after_step(self, count_LE: Tensor) -> None:
+        """Let each of the L MoE blocks see the choices of the global batch."""
+        layers = [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
+        for layer, count_E in zip(layers, count_LE, strict=True):
+            layer.after_step(count_E)

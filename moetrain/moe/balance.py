@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+SCOPES = ("global_batch", "micro_batch", "sequence")
+"""Tokens whose choices the balance loss counts (``MoELayer``)."""
 
-def balance_loss(prob_TE: Tensor, count_E: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+
+def balance_loss(prob_TE: Tensor, share_E: Tensor) -> Tensor:
     """E * sum_i f_i P_i: f_i the share of token copies sent to expert i, P_i its mean probability.
 
     1 when the load is uniform, E when one expert takes all of a top-1 layer (Fedus et al. 2021, arXiv:2101.03961,
@@ -15,16 +17,9 @@ def balance_loss(prob_TE: Tensor, count_E: Tensor, *, group: dist.ProcessGroup |
 
     Args:
         prob_TE: softmax of the router's scores on this rank's tokens.
-        count_E: token copies this rank sends to each expert.
-        group: f is taken over all tokens of these ranks, so that the mean of the ranks' gradients does not depend on
-            how the tokens are spread over them, as long as each has as many (Qiu et al. 2025, arXiv:2501.11873). Each
-            call is then a collective. None: this rank's tokens alone.
+        share_E: f, without a gradient.
     """
-    count_E = count_E.to(prob_TE.dtype)
-    if group is not None:
-        dist.all_reduce(count_E, group=group)
-    share_E = count_E / count_E.sum()
-    return prob_TE.shape[-1] * torch.dot(share_E, prob_TE.mean(0))
+    return prob_TE.shape[-1] * torch.dot(share_E.to(prob_TE.dtype), prob_TE.mean(0))
 
 
 def sequence_balance_loss(prob_TE: Tensor, expert_TK: Tensor, *, length: int, where_TK: Tensor | None = None) -> Tensor:

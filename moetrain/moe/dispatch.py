@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.routing import Routing
@@ -35,13 +36,28 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Which of the N rows sorted by expert is which copy."""
+
+    order_N: Tensor
+    """int64, for each row its copy: token * K + choice."""
+    position_TK: Tensor
+    """int64, for each copy its row; some row for a copy that stays behind."""
+    sent_TK: Tensor | None
+    """bool, which copies have a row; None: all of them."""
+
+    @property
+    def token_N(self) -> Tensor:
+        """int64, the token of each row."""
+        return self.order_N // self.position_TK.shape[1]
+
+
+@dataclass(frozen=True)
 class Receipt:
     """Kept between dispatch and combine; says how to undo the trip."""
 
-    order_N: Tensor
-    """int64, for each row sorted by expert, its copy: token * K + choice."""
-    position_M: Tensor
-    """int64, for each of all M = T*K copies, where it is among the N sorted rows; N for a copy that stays behind."""
+    copies: Copies
+    """Which row is which copy."""
     weight_TK: Tensor
     """float32, routing weights."""
     exchange: Exchange | None
@@ -68,14 +84,15 @@ class Dispatcher:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
+        self.ranks = 1 if group is None else dist.get_world_size(group)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        order_N, position_M = _sort(routing)
-        x_ND = _SortCopies.apply(x_TD, order_N, position_M, routing.expert_TK.shape[1])
+        copies = _sort(routing)
+        x_ND = _Spread.apply(x_TD, copies)
         x_RD, count_e, exchange = x_ND, routing.sent_E, None
         if self.group is not None:
             x_RD, count_e, exchange = self._exchange(x_ND, routing.sent_E, self.group)
-        receipt = Receipt(order_N=order_N, position_M=position_M, weight_TK=routing.weight_TK, exchange=exchange)
+        receipt = Receipt(copies=copies, weight_TK=routing.weight_TK, exchange=exchange)
         return Dispatched(x_RD=x_RD, count_e=count_e, receipt=receipt)
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
@@ -85,14 +102,10 @@ class Dispatcher:
             trip = receipt.exchange
             y_rank_major = _Reorder.apply(y_RD, trip.position_R, trip.order_R)
             y_ND = all_to_all_rows(y_rank_major, sent=trip.received, received=trip.sent, group=self.group)
-        y_MD = _Reorder.apply(y_ND, receipt.position_M, receipt.order_N)
-        y_TKD = y_MD.view(*receipt.weight_TK.shape, y_MD.shape[-1])
-        # a batched product adds up the K answers without a weighted copy of them all
-        return torch.bmm(receipt.weight_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
+        return _Gather.apply(y_ND, receipt.weight_TK.to(y_ND.dtype), receipt.copies)
 
     def _exchange(self, x_ND: Tensor, count_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Exchange]:
-        ranks = dist.get_world_size(group)
-        sent_Pe = count_E.view(ranks, -1)
+        sent_Pe = count_E.view(self.ranks, -1)
         received_Pe = torch.empty_like(sent_Pe)
         dist.all_to_all_single(received_Pe, sent_Pe.contiguous(), group=group)
         # one wait for the device, for both lists: the all-to-all's arguments must be on the host
@@ -100,7 +113,7 @@ class Dispatcher:
         x_rank_major = all_to_all_rows(x_ND, sent=sent, received=received, group=group)
 
         num_local = received_Pe.shape[1]
-        expert_R = torch.arange(num_local, device=x_ND.device).repeat(ranks)
+        expert_R = torch.arange(num_local, device=x_ND.device).repeat(self.ranks)
         expert_R = expert_R.repeat_interleave(received_Pe.flatten(), output_size=sum(received))
         order_R = expert_R.argsort(stable=True)
         position_R = _inverse(order_R)
@@ -109,51 +122,70 @@ class Dispatcher:
         return x_RD, received_Pe.sum(0), exchange
 
 
-def _sort(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Copies that travel, sorted by expert, and for every copy its place among them (see ``Receipt``)."""
+def _sort(routing: Routing) -> Copies:
     # stable: copies of one expert stay in token order, so that the result does not depend on the sort's whim
     expert_M = routing.expert_TK.flatten()
-    if routing.sent_TK is None:
+    sent_TK = routing.sent_TK
+    if sent_TK is None:
         order_N = expert_M.argsort(stable=True)
-        return order_N, _inverse(order_N)
+        return Copies(order_N=order_N, position_TK=_inverse(order_N).view_as(routing.expert_TK), sent_TK=None)
     num_experts = routing.sent_E.numel()
-    order_M = torch.where(routing.sent_TK.flatten(), expert_M, num_experts).argsort(stable=True)
+    order_M = torch.where(sent_TK.flatten(), expert_M, num_experts).argsort(stable=True)
     # how many rows there are is data: here, and only here, the host waits for the device when nothing is exchanged
-    order_N = order_M[: int(routing.sent_E.sum())]
-    position_M = torch.full_like(order_M, order_N.numel())
-    position_M[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return order_N, position_M
+    num_rows = int(routing.sent_E.sum())
+    position_M = _inverse(order_M).clamp(max=max(0, num_rows - 1))
+    return Copies(order_N=order_M[:num_rows], position_TK=position_M.view_as(sent_TK), sent_TK=sent_TK)
 
 
 def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """Rows in another order; the row past the last, which a copy that stays behind points to, is zero."""
-    if order.numel() > x.shape[0]:
-        x = torch.cat([x, x.new_zeros(1, x.shape[-1])])
-    return x.index_select(0, order)
+def _add_up(y_ND: Tensor, copies: Copies, weight_TK: Tensor | None) -> Tensor:
+    """For each token, its rows weighed and added up, [T, D], in one pass that keeps no [T, K, D] in between."""
+    if not y_ND.shape[0]:
+        return y_ND.new_zeros(copies.position_TK.shape[0], y_ND.shape[1])
+    if copies.sent_TK is not None:
+        sent_TK = copies.sent_TK.to(y_ND.dtype)
+        weight_TK = sent_TK if weight_TK is None else weight_TK * sent_TK
+    return F.embedding_bag(copies.position_TK, y_ND, mode="sum", per_sample_weights=weight_TK)
 
 
-class _SortCopies(torch.autograd.Function):
-    """Row n of the result is the token of copy ``order_N[n]``.
+class _Spread(torch.autograd.Function):
+    """Row n of the result is the token of copy n.
 
     The gradient of an indexed read would be added up with atomics on CUDA, in another order every time;
-    going back through the inverse and summing over the K copies gives the same bits on every run.
+    going back through the inverse gives the same bits on every run.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, position_M: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(position_M)
-        ctx.top_k = top_k
-        return x_TD.index_select(0, order_N // top_k)
+    def forward(ctx: Any, x_TD: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return x_TD.index_select(0, copies.token_N)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (position_M,) = ctx.saved_tensors
-        grad_MD = _rows(grads[0], position_M)
-        return grad_MD.view(-1, ctx.top_k, grad_MD.shape[-1]).sum(1), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _add_up(grads[0].contiguous(), ctx.copies, None), None
+
+
+class _Gather(torch.autograd.Function):
+    """Each token's rows, weighed and added up."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, weight_TK: Tensor, copies: Copies) -> Tensor:
+        ctx.save_for_backward(y_ND, weight_TK)
+        ctx.copies = copies
+        return _add_up(y_ND, copies, weight_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_ND, weight_TK = ctx.saved_tensors
+        copies: Copies = ctx.copies
+        grad_ND = grads[0].index_select(0, copies.token_N)
+        grad_weight_TK = torch.zeros_like(weight_TK)
+        grad_weight_TK.view(-1)[copies.order_N] = torch.linalg.vecdot(grad_ND, y_ND)
+        grad_ND *= weight_TK.flatten()[copies.order_N].unsqueeze(1)
+        return grad_ND, grad_weight_TK, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -162,7 +194,7 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return _rows(x, order)
+        return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+_aten = torch.ops.aten
+# the function, and its gradient written into a given place
+_SILU = (F.silu, lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out))
+_GELU = (F.gelu, lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate="none", grad_input=out))
+_RELU = (F.relu, lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out))
+ACTIVATIONS = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU}
 GATED = ("swiglu", "geglu")
 
 
 def activate(h: Tensor, *, activation: str) -> Tensor:
-    """The nonlinearity between the two maps of a feed-forward.
+    """The nonlinearity between the two maps of a feed-forward. Keeps ``h`` for the backward pass and nothing else.
 
     Args:
         h: [..., F], or [..., 2F] for a gated activation: the gate's half first (Shazeer 2020, arXiv:2002.05202).
@@ -21,10 +28,7 @@ def activate(h: Tensor, *, activation: str) -> Tensor:
     Returns:
         [..., F].
     """
-    if activation in GATED:
-        gate, up = h.chunk(2, dim=-1)
-        return ACTIVATIONS[activation](gate) * up
-    return ACTIVATIONS[activation](h)
+    return _Activate.apply(h, activation)
 
 
 class Experts(nn.Module):
@@ -53,10 +57,18 @@ class Experts(nn.Module):
         self.global_ids = global_ids
 
     def forward(self, x_RD: Tensor, count_e: Tensor) -> Tensor:
-        """Rows in, rows out: the first ``count_e[0]`` rows go through the first local expert, and so on."""
+        """Rows in, rows out: the first ``count_e[0]`` rows go through the first local expert, and so on.
+
+        The way that is fastest on the device (docs/performance.md): on CUDA grouped matmuls, which in bf16 on Hopper
+        and newer need no count on the host; their rows must be multiples of 16 bytes long (``config.checks``). On CPU,
+        where the grouped operation has no fast kernel and counts are on the host already, one expert after the other.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if not x_RD.is_cuda:
+            return _ExpertByExpert.apply(x_RD, self.w_in, self.w_out, count_e.tolist(), self.activation, dropout)
         h_RF = activate(grouped_linear(x_RD, self.w_in, count_e), activation=self.activation)
-        if self.dropout:
-            h_RF = F.dropout(h_RF, self.dropout, self.training)
+        if dropout:
+            h_RF = F.dropout(h_RF, dropout)
         return grouped_linear(h_RF, self.w_out, count_e)
 
 
@@ -83,40 +95,95 @@ class SharedExpert(nn.Module):
 
 
 def grouped_linear(x_RI: Tensor, weight_eOI: Tensor, count_e: Tensor) -> Tensor:
-    """x @ weight[i].T for the rows of each expert i, for rows grouped by expert.
-
-    On CUDA one grouped matmul, which in bf16 on Hopper and newer needs no count on the host; its rows must be
-    multiples of 16 bytes long (``config.checks``). On CPU a matmul per expert into one buffer: the grouped operation
-    has no fast CPU kernel, and counts are on the host already.
-    """
-    if x_RI.is_cuda:
-        return F.grouped_mm(x_RI, weight_eOI.transpose(1, 2), offs=count_e.cumsum(0).to(torch.int32))
-    return _LoopedLinear.apply(x_RI, weight_eOI, count_e.tolist())
+    """x @ weight[i].T for the rows of each expert i, for rows grouped by expert, [R, O]."""
+    return F.grouped_mm(x_RI, weight_eOI.transpose(1, 2), offs=count_e.cumsum(0).to(torch.int32))
 
 
-class _LoopedLinear(torch.autograd.Function):
-    """A matmul per expert, each result and each gradient written straight into its slice of one buffer.
+class _ExpertByExpert(torch.autograd.Function):
+    """Both maps of an expert at once, while its hidden rows are still in the cache; then the next expert.
 
-    Plain indexing (``weight[i]``) would make autograd add up one full-size weight gradient per expert.
+    Results and weight gradients are written straight into their slices: plain indexing (``weight[i]``) would make
+    autograd add up one full-size weight gradient per expert. Kept for the backward pass are the rows that came in and
+    the hidden ones before the activation; what follows is computed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_eOI: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x_RI, weight_eOI)
-        ctx.counts = counts
-        out_RO = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
-        for weight_OI, x_rI, out_rO in zip(weight_eOI, x_RI.split(counts), out_RO.split(counts), strict=True):
-            torch.mm(x_rI, weight_OI.T, out=out_rO)
-        return out_RO
+    def forward(
+        ctx: Any, x_RD: Tensor, w_in: Tensor, w_out: Tensor, counts: list[int], activation: str, dropout: float
+    ) -> Tensor:
+        h_RF = x_RD.new_empty(x_RD.shape[0], w_in.shape[1])
+        y_RD = torch.empty_like(x_RD)
+        keep_RF = x_RD.new_empty(x_RD.shape[0], w_out.shape[2]).bernoulli_(1 - dropout) if dropout else None
+        for i, (x, h, y, keep) in enumerate(_split(counts, x_RD, h_RF, y_RD, keep_RF)):
+            torch.mm(x, w_in[i].T, out=h)
+            a = _activated(h, activation)
+            if keep is not None:
+                a.mul_(keep).div_(1 - dropout)
+            torch.mm(a, w_out[i].T, out=y)
+        ctx.save_for_backward(x_RD, h_RF, keep_RF, w_in, w_out)
+        ctx.counts, ctx.activation, ctx.dropout = counts, activation, dropout
+        return y_RD
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RI, weight_eOI = ctx.saved_tensors
-        grad_RO = grads[0].contiguous()
-        grad_x_RI = torch.empty_like(x_RI)
-        grad_weight_eOI = torch.empty_like(weight_eOI)
-        rows = zip(grad_RO.split(ctx.counts), x_RI.split(ctx.counts), grad_x_RI.split(ctx.counts), strict=True)
-        for i, (grad_rO, x_rI, grad_x_rI) in enumerate(rows):
-            torch.mm(grad_rO, weight_eOI[i], out=grad_x_rI)
-            torch.mm(grad_rO.T, x_rI, out=grad_weight_eOI[i])
-        return grad_x_RI, grad_weight_eOI, None
+    @once_differentiable
+    def backward(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, h_RF, keep_RF, w_in, w_out = ctx.saved_tensors
+        grad_y_RD = grad_y_RD.contiguous()
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_in, grad_out = torch.empty_like(w_in), torch.empty_like(w_out)
+        rows = _split(ctx.counts, x_RD, h_RF, grad_y_RD, grad_x_RD, keep_RF)
+        for i, (x, h, grad_y, grad_x, keep) in enumerate(rows):
+            grad_a = grad_y @ w_out[i]
+            if keep is not None:
+                grad_a.mul_(keep).div_(1 - ctx.dropout)
+            grad_h = torch.empty_like(h)
+            a = _activation_backward(grad_a, h, ctx.activation, out=grad_h)
+            if keep is not None:
+                a.mul_(keep).div_(1 - ctx.dropout)
+            torch.mm(grad_y.T, a, out=grad_out[i])
+            torch.mm(grad_h, w_in[i], out=grad_x)
+            torch.mm(grad_h.T, x, out=grad_in[i])
+        return grad_x_RD, grad_in, grad_out, None, None, None
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.activation = activation
+        return _activated(h, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (h,) = ctx.saved_tensors
+        grad_h = torch.empty_like(h)
+        _activation_backward(grad, h, ctx.activation, out=grad_h)
+        return grad_h, None
+
+
+def _activated(h: Tensor, activation: str) -> Tensor:
+    function, _ = ACTIVATIONS[activation]
+    if activation not in GATED:
+        return function(h)
+    gate, up = h.chunk(2, dim=-1)
+    return function(gate).mul_(up)
+
+
+def _activation_backward(grad: Tensor, h: Tensor, activation: str, *, out: Tensor) -> Tensor:
+    """The gradient of ``h`` into ``out``; returns the activation itself, which comes with it."""
+    function, gradient = ACTIVATIONS[activation]
+    if activation not in GATED:
+        gradient(grad, h, out)
+        return function(h)
+    gate, up = h.chunk(2, dim=-1)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    answer = function(gate)
+    torch.mul(grad, answer, out=grad_up)
+    gradient(grad * up, gate, grad_gate)
+    return answer.mul_(up)
+
+
+def _split(counts: list[int], *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The rows of each expert in each of the tensors."""
+    return zip(*([None] * len(counts) if each is None else each.split(counts) for each in tensors), strict=True)

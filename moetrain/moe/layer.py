@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetrain.moe.balance import balance_loss, sequence_balance_loss, z_loss
+from moetrain.moe.assign import HashRouter
+from moetrain.moe.balance import SCOPES, balance_loss, sequence_balance_loss, z_loss
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts, SharedExpert
+from moetrain.moe.router import SigmoidBiasRouter
 from moetrain.moe.routing import Choice, Routing, capacity_of, count, limit
 
 
@@ -43,6 +44,8 @@ class Load:
     """int64 scalar, token copies that no expert took."""
     entropy: Tensor
     """float32 scalar, summed over this rank's tokens, nats; NaN for a router without scores."""
+    chosen_E: Tensor
+    """int64, those of them that the balance loss counts."""
     balance: Tensor
     """float32 scalar; NaN for a router without scores."""
     z: Tensor
@@ -69,8 +72,11 @@ class MoELayer(nn.Module):
         router: picks the experts.
         experts: this rank's experts.
         dispatcher: brings tokens to the ranks of their experts.
-        balance_group: ranks over which the balance loss counts tokens; None: this rank alone.
-        balance_by_sequence: the balance loss is taken of each sequence by itself.
+        balance_scope: whose choices the balance loss counts. ``micro_batch``: those of this rank's micro-batch;
+            ``sequence``: of each sequence by itself; ``global_batch``: of the whole global batch (Qiu et al. 2025,
+            arXiv:2501.11873), namely the one of the step before. The choices of this step's later micro-batches are
+            not known yet when the first one's gradient is taken; f one step old, which changes little from step to
+            step, makes the gradient the same whatever the number of ranks and of micro-batches.
         capacity: room of the experts.
         shared: visited by every token; None: there is none.
         run: calls router, experts and shared expert, perhaps a second time in the backward pass instead of keeping
@@ -83,8 +89,7 @@ class MoELayer(nn.Module):
         *,
         experts: Experts,
         dispatcher: Dispatcher,
-        balance_group: dist.ProcessGroup | None,
-        balance_by_sequence: bool = False,
+        balance_scope: str = "global_batch",
         capacity: Capacity | None = None,
         shared: SharedExpert | None = None,
         run: Callable[..., Any] = lambda function, *args: function(*args),
@@ -94,10 +99,13 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared = shared
         self.dispatcher = dispatcher
-        self.balance_group = balance_group
-        self.balance_by_sequence = balance_by_sequence
+        assert balance_scope in SCOPES, balance_scope
+        self.balance_scope = balance_scope
         self.capacity = capacity or Capacity()
         self.run = run
+        num_experts = dispatcher.ranks * len(experts.global_ids)
+        # even at first: that has no gradient. No buffer, as the engine may cast buffers to bf16
+        self.share_E = torch.full((num_experts,), 1 / num_experts)
 
     def forward(self, x: Tensor, token_BS: Tensor | None = None, replay: Choice | None = None) -> MoEOutput:
         """Args:
@@ -114,7 +122,24 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.run(self.shared, x_TD)
         losses = routing.losses | self._losses(routing, length=x.shape[-2])
-        return MoEOutput(hidden_TD=y_TD.view_as(x), losses=losses, load=_load(routing, losses), choice=chosen.choice)
+        load = _load(routing, losses, chosen_E=_counted(routing))
+        return MoEOutput(hidden_TD=y_TD.view_as(x), losses=losses, load=load, choice=chosen.choice)
+
+    @torch.no_grad()
+    def after_step(self, count_E: Tensor) -> None:
+        """Take note of the choices of the whole global batch (``Load.chosen_E``, summed), [E]."""
+        self.share_E.copy_(count_E / count_E.sum())
+        if isinstance(self.router, SigmoidBiasRouter):
+            self.router.after_step(count_E)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is kept from step to step beside the parameters; the same on every rank, filled in place by a load."""
+        state = {"share_E": self.share_E} if self.balance_scope == "global_batch" else {}
+        if isinstance(self.router, SigmoidBiasRouter):
+            state["router.bias_E"] = self.router.bias_E
+        elif isinstance(self.router, HashRouter):
+            state["router.expert_V"] = self.router.expert_V
+        return state
 
     def _route(self, x_TD: Tensor, token_T: Tensor | None, choice: Choice | None) -> Routing:
         def route(x_TD: Tensor) -> Routing:
@@ -140,19 +165,27 @@ class MoELayer(nn.Module):
     def _losses(self, routing: Routing, *, length: int) -> dict[str, Tensor]:
         if routing.prob_TE is None or routing.logit_TE is None:
             return {}
-        if self.balance_by_sequence:
+        if self.balance_scope == "sequence":
             balance = sequence_balance_loss(
                 routing.prob_TE, routing.expert_TK, length=length, where_TK=routing.balance_TK
             )
+        elif self.balance_scope == "global_batch" and self.training:
+            self.share_E = self.share_E.to(routing.prob_TE.device)
+            balance = balance_loss(routing.prob_TE, self.share_E)
         else:
-            count_E = routing.count_E
-            if routing.balance_TK is not None:
-                count_E = count(routing.expert_TK, num_experts=count_E.numel(), where_TK=routing.balance_TK)
-            balance = balance_loss(routing.prob_TE, count_E, group=self.balance_group)
+            chosen_E = _counted(routing)
+            balance = balance_loss(routing.prob_TE, chosen_E / chosen_E.sum())
         return {"balance": balance, "z": z_loss(routing.logit_TE)}
 
 
-def _load(routing: Routing, losses: dict[str, Tensor]) -> Load:
+def _counted(routing: Routing) -> Tensor:
+    """Choices that the balance loss counts, [E]."""
+    if routing.balance_TK is None:
+        return routing.count_E
+    return count(routing.expert_TK, num_experts=routing.count_E.numel(), where_TK=routing.balance_TK)
+
+
+def _load(routing: Routing, losses: dict[str, Tensor], *, chosen_E: Tensor) -> Load:
     unknown = torch.full((), float("nan"), device=routing.count_E.device)
     entropy = unknown
     if routing.prob_TE is not None:
@@ -163,6 +196,7 @@ def _load(routing: Routing, losses: dict[str, Tensor]) -> Load:
         count_E=routing.count_E,
         dropped=routing.count_E.sum() - routing.sent_E.sum(),
         entropy=entropy,
+        chosen_E=chosen_E,
         balance=losses.get("balance", unknown).detach(),
         z=losses.get("z", unknown).detach(),
     )

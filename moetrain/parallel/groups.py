@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moetrain.parallel.host import keep_freed_memory
 from moetrain.parallel.topology import Topology
 
 
@@ -45,6 +46,7 @@ def start(*, expert_parallel: int, timeout_seconds: float) -> Groups:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+        keep_freed_memory()
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, timeout=timeout)
     return make(topology, device=device, timeout=timeout)

@@ -49,9 +49,7 @@ class Engine:
         self._groups, self._clip = groups, clip
         self._stage: int = config["zero_optimization"]["stage"]
         self.gpt = objective.gpt
-        # asked once: it walks through all modules
-        self._wants_counts = self.gpt.wants_counts
-        self._counts: Tensor | None = None
+        self._count_LE: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
         if self._stage == 3:
@@ -72,9 +70,9 @@ class Engine:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses
         total, losses = self._engine(token_BS, target_BS)
-        if self._wants_counts:
-            counts = torch.stack([load.count_E for load in losses.load])
-            self._counts = counts if self._counts is None else self._counts + counts
+        if losses.load:
+            count_LE = torch.stack([load.chosen_E for load in losses.load])
+            self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
         self._engine.backward(total)
         # a recomputation stops as soon as it has what it needs, and leaves modules without the hook that takes them off
         del self._entered[self._depth :]
@@ -95,10 +93,10 @@ class Engine:
             group["lr"] = lr
         norm = self._clip_ourselves() if self._stage == 0 else None
         self._engine.step()
-        if self._counts is not None:
-            dist.all_reduce(self._counts, group=self._groups.world)
-            self.gpt.after_step(list(self._counts))
-            self._counts = None
+        if self._count_LE is not None:
+            dist.all_reduce(self._count_LE, group=self._groups.world)
+            self.gpt.after_step(self._count_LE)
+            self._count_LE = None
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         if norm != norm or norm in (float("inf"), float("-inf")):
@@ -119,7 +117,7 @@ class Engine:
                 view = tensor.view(-1).narrow(0, start, numel)
                 yield Fragment(f"{name}/{kind}", view, base + offset, numel_here * ranks)
 
-        for name, state in self.gpt.router_state().items():
+        for name, state in self.gpt.moe_state().items():
             yield Fragment(f"{name}/state", state.view(-1), 0, state.numel())
 
     def loaded(self, *, step: int) -> None:

@@ -52,6 +52,7 @@ def load_fields(load: LoadReport) -> dict[str, Any]:
         "cv": load.cv,
         "entropy": load.entropy,
         "dropped_share": load.dropped_share,
+        "dead_experts": load.dead,
         "balance_loss_by_layer": load.balance_loss,
         "z_loss_by_layer": load.z_loss,
     }
@@ -126,9 +127,11 @@ class LogHook:
         }
         note = f"loss {line['loss']:.3f}  {speed.tokens_per_second:,.0f} tok/s"
         if self._meter is not None:
-            load = self._meter.read(self._group)
+            load = self._meter.read(self._group, steps=len(step_losses))
             line |= load_fields(load)
             note += f"  load {max(load.max_over_mean):.2f}x"
+            if dead := sum(map(len, load.dead)):
+                note += f"  {dead} dead experts"
         self._record(line)
         self._note = note
         if any(loss != loss or loss == float("inf") for loss in step_losses):
@@ -179,6 +182,7 @@ def evaluation_fields(found: Evaluation, *, state: TrainState) -> dict[str, Any]
     if found.load is not None:
         line["held_out_load"] = found.load.share
         line["held_out_max_over_mean"] = found.load.max_over_mean
+        line["held_out_dead_experts"] = found.load.dead
     return line
 
 

@@ -146,7 +146,7 @@ def _train(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
         speed=_speed(run, groups=groups, sizes=sizes),
-        meter=_meter(run, groups.device),
+        meter=_meter(run, groups.device, dead_after=run.log.dead_after_steps),
         group=groups.world,
         record=record,
         bar=bar,
@@ -191,7 +191,6 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
-        world=groups.world if world_size > 1 else None,
         expert_V=expert_table(
             run.model,
             seed=run.seed,
@@ -338,9 +337,9 @@ class _Evaluator:
         )
 
 
-def _meter(run: RunConfig, device: torch.device) -> LoadMeter | None:
-    moe = run.model.moe
-    return LoadMeter(run.model.num_layers // moe.every, moe.num_experts, device) if moe else None
+def _meter(run: RunConfig, device: torch.device, *, dead_after: int = 1) -> LoadMeter | None:
+    moe, layers = run.model.moe, run.model.num_layers
+    return LoadMeter(layers // moe.every, moe.num_experts, device, dead_after=dead_after) if moe else None
 
 
 def _speed(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Speed:

@@ -60,6 +60,7 @@ def expected_report(batches: list[list[dict[str, Any]]]) -> LoadReport:
         entropies = [-sum(p * math.log(p) for p in token) for s in seen for token in s["prob"]]
         per_token = [(s["balance"], s["z"]) for s in seen for _ in s["chosen"]]
         fields["share"].append(share)
+        fields["dead"].append([expert for expert in range(NUM_EXPERTS) if expert not in copies])
         fields["max_over_mean"].append(max(share) / statistics.fmean(share))
         fields["cv"].append(statistics.pstdev(share) / statistics.fmean(share))
         fields["entropy"].append(statistics.fmean(entropies))
@@ -99,6 +100,16 @@ def test_a_fair_and_a_collapsed_layer_have_the_values_of_the_textbook() -> None:
     assert report.max_over_mean == [1.0, 8.0]
     assert report.cv == pytest.approx([0.0, math.sqrt(7)])
     assert report.entropy == pytest.approx([math.log(8), 0.0])
+
+
+def test_an_expert_is_dead_after_its_steps_without_a_token_and_lives_again_with_one() -> None:
+    meter = LoadMeter(1, 3, "cpu", dead_after=20)
+    seen = []
+    for steps, counts in ((10, [4, 0, 0]), (5, [4, 0, 1]), (5, [4, 0, 0]), (15, [4, 0, 0]), (1, [0, 1, 3])):
+        meter.add(0, torch.tensor(counts), dropped=0, entropy_sum=0.0, tokens=4, balance=1.0, z=0.0)
+        seen.append(meter.read(steps=steps).dead[0])
+    # the second after 10 + 5 + 5 steps; the third had one at step 15, and 5 + 15 after it
+    assert seen == [[], [], [1], [1, 2], []]
 
 
 def test_a_layer_without_tokens_has_no_ratios() -> None:

@@ -136,8 +136,8 @@ def test_the_layer_gets_its_settings() -> None:
     ).blocks[0].feed_forward  # fmt: skip
     assert layer.capacity == Capacity(factor=1.5, evaluation_factor=2.0, least=3, drop="probability")
     assert layer.experts.dropout == 0.25
-    assert layer.balance_by_sequence
-    assert not build_model(with_router("top_k")).blocks[0].feed_forward.balance_by_sequence
+    assert layer.balance_scope == "sequence"
+    assert build_model(with_router("top_k")).blocks[0].feed_forward.balance_scope == "global_batch"
 
 
 def test_the_hash_table_is_that_of_the_run() -> None:

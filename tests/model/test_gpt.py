@@ -222,7 +222,7 @@ def _share_of_batch(rank: int) -> dict[str, dict[str, Tensor]]:
     for expert_parallel in (1, 2, 4):
         topology = Topology(world_size=WORLD_SIZE, rank=rank, expert_parallel=expert_parallel)
         groups = make(topology, device=torch.device("cpu"))
-        gpt = make_gpt(SPREAD, local_experts=topology.local_experts(4), expert_group=groups.expert, world=groups.world)
+        gpt = make_gpt(SPREAD, local_experts=topology.local_experts(4), expert_group=groups.expert)
         mine = tokens(batch=WORLD_SIZE * 2)[rank * 2 : rank * 2 + 2]
         answers[str(expert_parallel)] = _losses_and_gradients(gpt, mine)
     return answers

@@ -46,7 +46,6 @@ def make_layer(
         make_router(name, training=training),
         experts=experts,
         dispatcher=Dispatcher(None),
-        balance_group=None,
         shared=shared,
         **settings,
     )
@@ -191,21 +190,6 @@ def test_several_shared_experts_are_one_wide_one() -> None:
         swiglu(x, torch.cat([gates[part], ups[part]]), one.w_out.weight[:, part]) for part in (slice(3), slice(3, 6))
     )
     torch.testing.assert_close(one(x), answer)
-
-
-def test_expert_dropout_leaves_out_hidden_units_in_training_alone() -> None:
-    """With an output map of ones, each answer tells how many of the equal hidden units were kept."""
-    x_RD, count_e = torch.ones(400, 1), torch.tensor([400])
-    experts = Experts(1, d_expert=50, activation="relu", global_ids=range(1), dropout=0.4)
-    with torch.no_grad():
-        experts.w_in.fill_(1.0)
-        experts.w_out.fill_(1.0)
-    torch.manual_seed(0)
-    kept = experts(x_RD, count_e) * 0.6 / 50
-    # five standard errors of a share of 20,000
-    assert kept.mean().item() == pytest.approx(0.6, abs=5 * (0.24 / 20_000) ** 0.5)
-    assert kept.std() > 0.01
-    assert (experts.eval()(x_RD, count_e) == 50).all()
 
 
 @EVERY_ROUTER

@@ -43,7 +43,7 @@ def upstream(rank: int) -> Tensor:
 def make_layer(dispatcher: Dispatcher, *, local: range, shunned: list[int]) -> MoELayer:
     router = TopKRouter(D_MODEL, num_experts=NUM_EXPERTS, top_k=TOP_K, renormalize=True)
     experts = Experts(D_MODEL, d_expert=D_EXPERT, activation="swiglu", global_ids=local)
-    layer = MoELayer(router, experts=experts, dispatcher=dispatcher, balance_group=None).double()
+    layer = MoELayer(router, experts=experts, dispatcher=dispatcher).double()
     generator = torch.Generator().manual_seed(99)
     with torch.no_grad():
         router.weight.copy_(torch.randint(-8, 9, (NUM_EXPERTS, D_MODEL), generator=generator) / 8)
@@ -97,7 +97,6 @@ def router_layer(name: str, dispatcher: Dispatcher, *, local: range, training: b
         plain_routers.make_router(name, training=training),
         experts=experts,
         dispatcher=dispatcher,
-        balance_group=None,
         capacity=replace(LIMITED[name], evaluation_factor=LIMITED[name].factor) if limited else None,
     )
     with torch.no_grad():

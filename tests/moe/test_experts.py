@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.experts import Experts, activate, grouped_linear
 
+ACTIVATIONS = ["swiglu", "geglu", "gelu", "relu"]
 COUNTS = {
     "even": [3, 3, 3],
     "empty at the start": [0, 4, 5],
@@ -37,10 +39,13 @@ def plain_grouped_linear(x_RI: Tensor, weight_eOI: Tensor, counts: list[int]) ->
 @pytest.mark.parametrize("name", COUNTS)
 def test_grouped_linear_is_a_loop_over_rows(name: str) -> None:
     counts = COUNTS[name]
-    ours = [normal(sum(counts), 4, seed=1).requires_grad_(), normal(3, 5, 4, seed=2).requires_grad_()]
+    ours = [
+        normal(*shape, seed=seed, dtype=torch.float32).requires_grad_()
+        for seed, shape in enumerate([(sum(counts), 4), (3, 8, 4)])
+    ]
     plain = [each.detach().clone().requires_grad_() for each in ours]
     out = grouped_linear(*ours, torch.tensor(counts))
-    upstream = normal(*out.shape, seed=3)
+    upstream = normal(*out.shape, seed=3, dtype=torch.float32)
     gradients = torch.autograd.grad(out, ours, upstream)
 
     expected = plain_grouped_linear(*plain, counts)
@@ -54,15 +59,6 @@ def test_grouped_linear_is_a_loop_over_rows(name: str) -> None:
     for expert, count in enumerate(counts):
         if count == 0:
             assert not gradients[1][expert].any(), "an expert without rows must have a gradient of zeros"
-
-
-def test_grouped_linear_takes_a_gradient_that_is_no_block_of_memory() -> None:
-    x_RI, weight_eOI = normal(5, 4).requires_grad_(), normal(2, 3, 4).requires_grad_()
-    count_e = torch.tensor([2, 3])
-    # the gradient of a sum is one number seen from every place
-    grouped_linear(x_RI, weight_eOI, count_e).sum().backward()
-    expected = torch.stack([weight_eOI[0].sum(0)] * 2 + [weight_eOI[1].sum(0)] * 3)
-    torch.testing.assert_close(x_RI.grad, expected.detach())
 
 
 @pytest.mark.gpu
@@ -79,10 +75,11 @@ def test_grouped_linear_on_a_gpu_is_that_of_the_cpu(name: str, dtype: torch.dtyp
     poison = [torch.full((3, 32, 64), math.nan, dtype=dtype, device="cuda") for _ in range(8)]
     del poison
     answers = {}
-    for device, exact in (("cuda", dtype), ("cpu", torch.float64)):
+    for device, exact, linear in (("cuda", dtype, grouped_linear), ("cpu", torch.float64, plain_grouped_linear)):
         x_RI, weight_eOI, upstream = (each.to(device, exact, copy=True).requires_grad_() for each in values)
-        out = grouped_linear(x_RI, weight_eOI, torch.tensor(counts, device=device))
-        answers[device] = [out, *torch.autograd.grad(out, [x_RI, weight_eOI], upstream)]
+        out = linear(x_RI, weight_eOI, torch.tensor(counts, device=device))
+        wanted = torch.autograd.grad(out, [x_RI, weight_eOI], upstream, allow_unused=True, materialize_grads=True)
+        answers[device] = [out, *wanted]
     # sums of 64 products of size 1 are of size 8: bf16 rounds those by 8 * 2^-9, and some kernels do so twice
     tolerance = {"rtol": 2**-7, "atol": 2**-5} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
     for ours, wanted in zip(answers["cuda"], answers["cpu"], strict=True):
@@ -109,14 +106,76 @@ def test_activations_are_their_formulas(activation: str, expected: list[float]) 
     assert activate(h, activation=activation).tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
-def test_each_expert_answers_its_own_rows(activation: str) -> None:
-    experts = Experts(4, d_expert=6, activation=activation, global_ids=range(3)).double()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradient_of_an_activation_is_its_slope(activation: str) -> None:
+    h = normal(5, 6, seed=4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h: activate(h, activation=activation), h)
+
+
+def plain_experts(experts: Experts, x_RD: Tensor, counts: list[int]) -> Tensor:
+    """Row by row, by plain autograd."""
+    rows, start = [], 0
+    for expert, count in enumerate(counts):
+        for x in x_RD[start : start + count]:
+            h = experts.w_in[expert] @ x
+            if experts.activation in ("swiglu", "geglu"):
+                gate, up = h[: h.shape[0] // 2], h[h.shape[0] // 2 :]
+                h = (F.silu(gate) if experts.activation == "swiglu" else F.gelu(gate)) * up
+            else:
+                h = F.gelu(h) if experts.activation == "gelu" else F.relu(h)
+            rows.append(experts.w_out[expert] @ h)
+        start += count
+    return torch.stack(rows) if rows else x_RD.new_zeros(0, experts.w_out.shape[1])
+
+
+def make_experts(activation: str, **given: float) -> Experts:
+    experts = Experts(4, d_expert=6, activation=activation, global_ids=range(3), **given).double()
     with torch.no_grad():
         experts.w_in.copy_(normal(*experts.w_in.shape, seed=1))
         experts.w_out.copy_(normal(*experts.w_out.shape, seed=2))
-    x_RD, counts = normal(7, 4, seed=3), [2, 0, 5]
-    rows = []
-    for x, expert in zip(x_RD, [0, 0, 2, 2, 2, 2, 2], strict=True):
-        rows.append(experts.w_out[expert] @ activate(experts.w_in[expert] @ x, activation=activation))
-    torch.testing.assert_close(experts(x_RD, torch.tensor(counts)), torch.stack(rows))
+    return experts
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_expert_answers_its_own_rows(activation: str, name: str) -> None:
+    experts, counts = make_experts(activation), COUNTS[name]
+    x_RD = normal(sum(counts), 4, seed=3).requires_grad_()
+    wanted = [x_RD, experts.w_in, experts.w_out]
+    out, expected = experts(x_RD, torch.tensor(counts)), plain_experts(experts, x_RD, counts)
+    torch.testing.assert_close(out, expected)
+    upstream = normal(*out.shape, seed=5)
+    gradients = torch.autograd.grad(out, wanted, upstream)
+    if expected.requires_grad:
+        plain = torch.autograd.grad(expected, wanted, upstream, allow_unused=True, materialize_grads=True)
+    else:
+        plain = [torch.zeros_like(each) for each in wanted]
+    for gradient, each in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(gradient, each)
+    for expert, count in enumerate(counts):
+        if count == 0:
+            assert not gradients[1][expert].any(), "an expert without rows must have a gradient of zeros"
+
+
+def test_a_gradient_need_not_be_a_block_of_memory() -> None:
+    experts, x_RD = make_experts("swiglu"), normal(5, 4, seed=3).requires_grad_()
+    # the gradient of a sum is one number seen from every place
+    experts(x_RD, torch.tensor([2, 3, 0])).sum().backward()
+    (expected,) = torch.autograd.grad(plain_experts(experts, x_RD, [2, 3, 0]).sum(), x_RD)
+    torch.testing.assert_close(x_RD.grad, expected)
+
+
+def test_expert_dropout_leaves_hidden_units_out_in_training_alone() -> None:
+    """With maps that are the identity the answer shows which units stayed, and the gradient must follow."""
+    experts = Experts(400, d_expert=400, activation="relu", global_ids=range(1), dropout=0.25).double()
+    with torch.no_grad():
+        experts.w_in.copy_(torch.eye(400))
+        experts.w_out.copy_(torch.eye(400))
+    x_RD = torch.ones(50, 400, dtype=torch.float64, requires_grad=True)
+    out = experts(x_RD, torch.tensor([50]))
+    (gradient,) = torch.autograd.grad(out.sum(), x_RD)
+    assert set(out.unique().tolist()) == {0.0, 1 / 0.75}
+    assert (out == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(gradient, out.detach())
+    experts.eval()
+    torch.testing.assert_close(experts(x_RD, torch.tensor([50])), x_RD)

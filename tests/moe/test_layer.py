@@ -34,10 +34,11 @@ def make_layer(
     renormalize: bool = True,
     d_model: int = D_MODEL,
     d_expert: int = D_EXPERT,
+    balance_scope: str = "global_batch",
 ) -> MoELayer:
     router = TopKRouter(d_model, num_experts=num_experts, top_k=top_k, renormalize=renormalize)
     experts = Experts(d_model, d_expert=d_expert, activation=activation, global_ids=range(num_experts))
-    layer = MoELayer(router, experts=experts, dispatcher=Dispatcher(None), balance_group=None).double()
+    layer = MoELayer(router, experts=experts, dispatcher=Dispatcher(None), balance_scope=balance_scope).double()
     with torch.no_grad():
         for seed, parameter in enumerate(layer.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=100 + seed))
@@ -166,12 +167,49 @@ def test_one_expert_is_a_dense_net(activation: str) -> None:
 
 def test_losses_are_those_of_the_routing_and_reach_the_router() -> None:
     layer, x_TD = make_layer(4, top_k=2), normal(13, D_MODEL)
+    layer.after_step(torch.tensor([5, 3, 2, 0]))
     answer, routing = layer(x_TD), layer.router(x_TD)
-    torch.testing.assert_close(answer.losses["balance"], balance_loss(routing.prob_TE, routing.count_E, group=None))
+    expected = balance_loss(routing.prob_TE, torch.tensor([0.5, 0.3, 0.2, 0.0]))
+    torch.testing.assert_close(answer.losses["balance"], expected)
     torch.testing.assert_close(answer.losses["z"], z_loss(routing.logit_TE))
     for loss in (answer.losses["balance"], answer.losses["z"]):
         (gradient,) = torch.autograd.grad(loss, layer.router.weight, retain_graph=True)
         assert gradient.abs().max() > 1e-4
+
+
+def test_over_the_global_batch_the_shares_are_those_of_the_step_before() -> None:
+    """Even at first, without a pull on the router; then whatever was handed over, in training alone."""
+    layer, x_TD = make_layer(4, top_k=2), normal(13, D_MODEL)
+    balance = layer(x_TD).losses["balance"]
+    assert balance.item() == pytest.approx(1.0)
+    assert torch.autograd.grad(balance, layer.router.weight)[0].abs().max() < 1e-7
+    prob_TE = layer.router(x_TD).prob_TE
+    layer.after_step(torch.tensor([26, 0, 0, 0]))
+    torch.testing.assert_close(layer(x_TD).losses["balance"], 4 * prob_TE[:, 0].mean())
+    layer.eval()
+    answer = layer(x_TD)
+    torch.testing.assert_close(answer.losses["balance"], balance_loss(prob_TE, answer.load.count_E / 26))
+
+
+def test_over_the_global_batch_the_gradient_does_not_depend_on_the_cut_into_micro_batches() -> None:
+    x_TD = normal(12, D_MODEL)
+    gradients = {}
+    for scope in ("global_batch", "micro_batch"):
+        for micro_batches in (1, 3):
+            layer = make_layer(4, top_k=2, balance_scope=scope)
+            layer.after_step(torch.tensor([11, 1, 8, 4]))
+            for x in x_TD.chunk(micro_batches):
+                (layer(x).losses["balance"] / micro_batches).backward()
+            gradients[scope, micro_batches] = layer.router.weight.grad
+    torch.testing.assert_close(gradients["global_batch", 3], gradients["global_batch", 1], **ROUTER_ERROR)
+    assert not torch.allclose(gradients["micro_batch", 3], gradients["micro_batch", 1], rtol=1e-2)
+
+
+def test_over_a_micro_batch_the_shares_are_its_own() -> None:
+    layer, x_TD = make_layer(4, top_k=2, balance_scope="micro_batch"), normal(13, D_MODEL)
+    layer.after_step(torch.tensor([26, 0, 0, 0]))
+    answer, prob_TE = layer(x_TD), layer.router(x_TD).prob_TE
+    torch.testing.assert_close(answer.losses["balance"], balance_loss(prob_TE, answer.load.count_E / 26))
 
 
 def test_what_the_operator_sees_is_no_part_of_the_graph() -> None:

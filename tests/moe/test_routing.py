@@ -122,7 +122,6 @@ def make_layer(name: str, capacity: Capacity, *, training: bool) -> MoELayer:
         make_router(name, training=training),
         experts=experts,
         dispatcher=Dispatcher(None),
-        balance_group=None,
         capacity=capacity,
     )
     with torch.no_grad():
