@@ -201,6 +201,8 @@ def _layout(run: RunConfig) -> Iterator[str]:
     if run.model.moe is None:
         if expert_parallel > 1:
             yield f"parallel.expert_parallel is {expert_parallel}, but the model is dense: use 1"
+        if run.parallel.two_level_all_to_all:
+            yield "parallel.two_level_all_to_all is true, but the model is dense: set it to false"
         return
     experts = run.model.moe.num_experts
     fitting = _divisors(math.gcd(world_size, experts))
@@ -214,6 +216,11 @@ def _layout(run: RunConfig) -> Iterator[str]:
             f"model.moe.num_experts is {experts}, but must be a multiple of parallel.expert_parallel, "
             f"{expert_parallel}: use {_near(experts, expert_parallel, least=run.model.moe.top_k)}, "
             f"or an expert_parallel of {fitting}"
+        )
+    if run.parallel.two_level_all_to_all and expert_parallel <= (run.launch.processes or 1):
+        yield (
+            f"parallel.two_level_all_to_all is true, but parallel.expert_parallel is {expert_parallel}, and experts are "
+            f"shared inside a node of {run.launch.processes} processes: set it to false"
         )
 
 

@@ -20,6 +20,7 @@ from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts, SharedExpert
 from moetrain.moe.layer import Capacity, MoELayer
 from moetrain.moe.router import GShardRouter, NoisyTopKRouter, SigmoidBiasRouter, TopKRouter
+from moetrain.parallel.collectives import AllToAll
 from moetrain.parallel.seeds import derive_seed
 
 
@@ -28,6 +29,7 @@ def build_model(
     *,
     local_experts: range | None = None,
     expert_group: dist.ProcessGroup | None = None,
+    all_to_all: AllToAll | None = None,
     expert_V: Tensor | None = None,
     recompute: str = "none",
 ) -> GPT:
@@ -36,6 +38,7 @@ def build_model(
     Args:
         local_experts: global ids of the experts on this rank; None: all of them.
         expert_group: the ranks that share the experts; None when this rank holds all.
+        all_to_all: how these exchange tokens; None: each with each.
         expert_V: the table of the hash router (``assign.hash_table``); None for the others.
         recompute: what the backward pass works out anew (``model.recompute``).
     """
@@ -48,7 +51,7 @@ def build_model(
                 model,
                 moe,
                 local_experts=experts,
-                expert_group=expert_group,
+                dispatcher=Dispatcher(expert_group, all_to_all=all_to_all),
                 expert_V=expert_V,
                 run=how.sparse,
             )
@@ -130,7 +133,7 @@ def _moe_layer(
     moe: MoEConfig,
     *,
     local_experts: range,
-    expert_group: dist.ProcessGroup | None,
+    dispatcher: Dispatcher,
     expert_V: Tensor | None,
     run: Run,
 ) -> MoELayer:
@@ -148,7 +151,7 @@ def _moe_layer(
             global_ids=local_experts,
             dropout=moe.dropout,
         ),
-        dispatcher=Dispatcher(expert_group),
+        dispatcher=dispatcher,
         balance_scope=moe.balance_scope,
         capacity=Capacity(
             factor=moe.capacity_factor,

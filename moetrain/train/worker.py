@@ -99,7 +99,9 @@ def run_rank(run_dir: Path) -> bool:
     """
     run = read_run(run_dir)
     groups = process_groups.start(
-        expert_parallel=run.parallel.expert_parallel or 1, timeout_seconds=run.launch.timeout_seconds
+        expert_parallel=run.parallel.expert_parallel or 1,
+        timeout_seconds=run.launch.timeout_seconds,
+        two_level=run.parallel.two_level_all_to_all,
     )
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
@@ -191,6 +193,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
+        all_to_all=groups.two_level,
         expert_V=expert_table(
             run.model,
             seed=run.seed,

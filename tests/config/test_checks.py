@@ -206,6 +206,16 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 2}, {"parallel.zero_stage": 3}],
     ),
     (
+        {"parallel.two_level_all_to_all": True, "launch.processes": 4, "parallel.expert_parallel": 2},
+        "parallel.two_level_all_to_all is true, but parallel.expert_parallel is 2, and experts are shared inside",
+        [{"parallel.two_level_all_to_all": False}],
+    ),
+    (
+        {"parallel.two_level_all_to_all": True, "model.moe": None},
+        "parallel.two_level_all_to_all is true, but the model is dense",
+        [{"parallel.two_level_all_to_all": False}],
+    ),
+    (
         {"parallel.zero_stage": 0, "parallel.offload_optimizer": True},
         "parallel.offload_optimizer is true, but parallel.zero_stage is 0",
         [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.offload_optimizer": False}],

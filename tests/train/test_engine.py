@@ -91,16 +91,19 @@ class Layout:
     model: str = "top_k"
     offload: bool = False
     recompute: str = "none"
+    node_size: int | None = None
+    """Smaller than expert_parallel: tokens are exchanged in two levels."""
     kept_whole: int = 0
     """At ZeRO 3: these models are so small that nothing would be cut with the engine's own threshold."""
 
 
 def make_engine(rank: int, layout: Layout):
     world_size = dist.get_world_size()
-    topology = Topology(world_size=world_size, rank=rank, expert_parallel=layout.expert_parallel)
-    groups = process_groups.make(topology, device=torch.device("cpu"))
+    topology = Topology(world_size=world_size, rank=rank, expert_parallel=layout.expert_parallel,
+                        processes_per_node=layout.node_size)  # fmt: skip
+    groups = process_groups.make(topology, device=torch.device("cpu"), two_level=True)
     gpt = build_model(MODELS[layout.model], local_experts=topology.local_experts(4), expert_group=groups.expert,
-                      recompute=layout.recompute)  # fmt: skip
+                      all_to_all=groups.two_level, recompute=layout.recompute)  # fmt: skip
     initialize(gpt, init_std=0.1, seed=1)
     config = deepspeed_config(micro_batch=ROWS // world_size // layout.accumulation, accumulation=layout.accumulation,
                               world_size=world_size, zero_stage=layout.stage, dtype=layout.dtype,
@@ -165,7 +168,7 @@ def train_rank(rank: int, layouts: list[Layout]):
              Layout(stage=2, offload=True),
              *(Layout(stage=stage, expert_parallel=2, accumulation=2, recompute=recompute)
                for stage in (1, 3) for recompute in ("selective", "full"))]),
-        (4, [Layout(expert_parallel=2, stage=2), Layout(expert_parallel=4, accumulation=2),
+        (4, [Layout(expert_parallel=2, stage=2), Layout(expert_parallel=4, accumulation=2, node_size=2),
              Layout(expert_parallel=2, stage=0), Layout(stage=3, expert_parallel=2),
              Layout(stage=3, expert_parallel=4, accumulation=2)]),
     ],
