@@ -219,8 +219,8 @@ def _layout(run: RunConfig) -> Iterator[str]:
         )
     if run.parallel.two_level_all_to_all and expert_parallel <= (run.launch.processes or 1):
         yield (
-            f"parallel.two_level_all_to_all is true, but parallel.expert_parallel is {expert_parallel}, and experts are "
-            f"shared inside a node of {run.launch.processes} processes: set it to false"
+            f"parallel.two_level_all_to_all is true, but parallel.expert_parallel is {expert_parallel}, and experts "
+            f"are shared inside a node of {run.launch.processes} processes: set it to false"
         )
 
 

@@ -207,7 +207,7 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ),
     (
         {"parallel.two_level_all_to_all": True, "launch.processes": 4, "parallel.expert_parallel": 2},
-        "parallel.two_level_all_to_all is true, but parallel.expert_parallel is 2, and experts are shared inside",
+        "parallel.two_level_all_to_all is true, but parallel.expert_parallel is 2, and experts are shared",
         [{"parallel.two_level_all_to_all": False}],
     ),
     (
