@@ -303,23 +303,29 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize(
-    ("there", "elsewhere"),
-    [
-        (Layout(stage=3, expert_parallel=2), Layout()),
-        (Layout(stage=3, expert_parallel=2, dtype="bf16", model="loss_free"),
-         Layout(stage=2, dtype="bf16", model="loss_free")),
-        (Layout(stage=1, expert_parallel=2, offload=True, dtype="bf16"), Layout(stage=3, offload=True, dtype="bf16")),
-    ],
-    ids=["ZeRO 3", "ZeRO 3 in bf16", "offloaded"],
-)  # fmt: skip
-def test_a_checkpoint_goes_to_another_layout_and_back_bit_for_bit(ranks, tmp_path, there, elsewhere):
-    found = ranks(2, there_and_back_rank, str(tmp_path), there, elsewhere)[0]
-    assert_equal(found["elsewhere"], found["saved"])
-    assert_equal(found["back"], found["saved"])
-    assert_equal(found["resumed"], found["unbroken"])
-    assert found["back loss"] == found["loss"]
-    assert found["elsewhere loss"] == pytest.approx(found["loss"], rel=1e-6 if there.dtype == "fp32" else 2e-3)
+THERE_AND_ELSEWHERE = [
+    (Layout(stage=3, expert_parallel=2), Layout()),
+    (Layout(stage=3, expert_parallel=2, dtype="bf16", model="loss_free"),
+     Layout(stage=2, dtype="bf16", model="loss_free")),
+    (Layout(stage=1, expert_parallel=2, offload=True, dtype="bf16"), Layout(stage=3, offload=True, dtype="bf16")),
+]  # fmt: skip
+
+
+def every_there_and_back_rank(rank: int, root: str):
+    return [
+        there_and_back_rank(rank, f"{root}/{i}", there, elsewhere)
+        for i, (there, elsewhere) in enumerate(THERE_AND_ELSEWHERE)
+    ]
+
+
+def test_a_checkpoint_goes_to_another_layout_and_back_bit_for_bit(ranks, tmp_path):
+    answers = ranks(2, every_there_and_back_rank, str(tmp_path))[0]
+    for (there, _), found in zip(THERE_AND_ELSEWHERE, answers, strict=True):
+        assert_equal(found["elsewhere"], found["saved"])
+        assert_equal(found["back"], found["saved"])
+        assert_equal(found["resumed"], found["unbroken"])
+        assert found["back loss"] == found["loss"]
+        assert found["elsewhere loss"] == pytest.approx(found["loss"], rel=1e-6 if there.dtype == "fp32" else 2e-3)
 
 
 def diverge_rank(rank: int, layouts: list[Layout]):
