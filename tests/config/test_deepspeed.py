@@ -1,4 +1,4 @@
-"""What the engine is told; tests/golden has the whole of it for each preset, tests/train/test_engine.py what it does."""
+"""What the engine is told; tests/golden has all of it for each preset."""
 
 from __future__ import annotations
 
