@@ -29,8 +29,8 @@ lint: $(VENV)/.installed-dev ## form and common faults
 types: $(VENV)/.installed-dev ## mypy --strict on the rooms without torch
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## time the MoE layer against a dense block
-	$(BIN)/python scripts/bench_layer.py
+bench: $(VENV)/.installed ## time the MoE layer against a dense block and others' layers; ARGS="key=value …"
+	$(BIN)/moetrain bench layer $(ARGS)
 
 image: ## the container image
 	docker build -f docker/Dockerfile -t moetrain .

@@ -11,10 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetrain"
 
 MAY_IMPORT = {
-    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "errors"},
+    "cli": {"bench", "compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "errors"},
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
+    "bench": {"model", "moe", "metrics", "plan", "config", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
@@ -29,11 +30,13 @@ MAY_IMPORT = {
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "errors", "checkpoint.store",
             "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule", "metrics.log",
-            "metrics.speed", "metrics.console")  # fmt: skip
+            "metrics.speed", "metrics.console", "bench.settings", "bench.table")  # fmt: skip
 ONLY_IN = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},
-    "deepspeed": {"train.engine"},
+    # a contestant in benchmarks, the engine everywhere else
+    "deepspeed": {"train.engine", "bench.peers"},
+    "transformers": {"bench.peers"},
     "wandb": {"metrics.log"},
     "datasets": {"data.text"},
     "matplotlib": {"report.figures"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import moetrain
@@ -137,12 +139,15 @@ class TestHelp:
                 assert (done.returncode, done.stderr) == (0, ""), line
             elif verb == "config":
                 assert moetrain_in_process(verb, *words).returncode == 0, line
+            elif verb == "bench":
+                done = moetrain_in_process(verb, *words, "--dry-run")
+                assert (done.returncode, done.stderr) == (0, ""), line
 
 
 class TestWords:
     def test_an_unknown_verb_is_told_with_those_there_are(self, moetrain_in_process):
         done = moetrain_in_process("tran")
-        assert_told(done, "there is no verb 'tran': use train, prepare, config, sample; see moetrain --help")
+        assert_told(done, "there is no verb 'tran': use train, prepare, config, sample, bench; see moetrain --help")
 
     @pytest.mark.parametrize("verb", ["train", "prepare", "config"])
     def test_an_unknown_option_is_told(self, moetrain_in_process, verb):
@@ -365,6 +370,74 @@ class TestSample:
     def test_a_run_that_has_not_trained_is_told(self, moetrain_in_process, place):
         earlier_run(place)
         assert_told(moetrain_in_process("sample"), "runs/tiny has no whole checkpoint yet: train it first")
+
+
+class TestBench:
+    TINY = ("d_model=16", "d_ff=16", "experts=4", "top_k=2", "repeats=1", "device=cpu", "dtype=fp32")
+
+    def test_the_table_is_on_stdout_and_its_numbers_in_the_file(self, moetrain_in_process, place):
+        words = (*self.TINY, "tokens=16", "routing=skewed", "contestants=floor,moetrain")
+        done = moetrain_in_process("bench", "layer", *words, "--json", "layer.json")
+        assert done.returncode == 0
+        assert "bench 20/20 runs" not in done.stdout
+        found = yaml.safe_load((place / "layer.json").read_text())
+        assert [row["contestant"] for row in found["rows"]] == ["dense", "floor", "moetrain"]
+        for row, line in zip(found["rows"], done.stdout.splitlines()[5:], strict=False):
+            told = re.search(rf" {row['contestant']} +([\d.]+) +\[-\] +([\d.]+) +([\d.]+)", line)
+            assert told.groups() == (f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_mib']:.1f}")
+        assert everything(place).keys() == {"layer.json"}
+
+    def test_a_step_is_timed(self, moetrain_in_process):
+        words = (*self.TINY, "layers=1", "heads=2", "vocab=32", "sequence=8", "batch=2", "contestants=moetrain")
+        done = moetrain_in_process("bench", "step", *words)
+        assert done.returncode == 0
+        assert "bench 9/9 runs" in done.stderr
+        assert " moetrain " in done.stdout
+
+    def test_a_package_that_is_not_there_is_told_and_no_error(self, moetrain_in_process, monkeypatch):
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        words = (*self.TINY, "tokens=16", "routing=balanced", "contestants=moetrain,transformers_eager")
+        done = moetrain_in_process("bench", "layer", *words)
+        assert done.returncode == 0
+        assert (
+            "transformers is not installed, and its rows are left out: pip install 'transformers>=5,<6'" in done.stdout
+        )
+        assert "transformers_eager" not in done.stdout
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            ((), ["'' is no benchmark: write `moetrain bench layer` or `moetrain bench step`"]),
+            (("layers", "tokens=1"), ["'layers' is no benchmark"]),
+            (("layer", "--fast", "token=1", "--json", "no/a.json"),
+             ["--fast is not an option: see --help", "--json is 'no/a.json', but must be a file in a directory",
+              "'token' is not a setting; did you mean 'tokens'?"]),
+            (("layer", "--json"), ["--json is ''"]),
+            (("step", "--json=."), ["--json is '.'"]),
+        ],
+    )  # fmt: skip
+    def test_all_that_is_wrong_is_told_before_anything_runs(self, moetrain_in_process, place, words, told):
+        done = moetrain_in_process("bench", *words)
+        assert_told(done, *told)
+        assert done.stderr.count("\n  - ") == len(told)
+        assert everything(place) == {}
+
+    def test_cuda_that_is_not_there_is_told(self, moetrain_in_process):
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        assert_told(
+            moetrain_in_process("bench", "layer", "device=cuda"), "device is 'cuda', but torch sees no CUDA GPU"
+        )
+
+    @pytest.mark.parametrize("words", [("--help",), ("layer", "--dry-run")])
+    def test_help_and_plan_need_no_torch(self, words):
+        code = (
+            "import sys; from moetrain.cli.main import main; code = main(sys.argv[1:]); "
+            "print(sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr); sys.exit(code)"
+        )
+        line = [sys.executable, "-c", code, "bench", *words]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+        assert not set(yaml.safe_load(done.stderr)) & {"torch", "deepspeed", "transformers", "numpy"}
 
 
 def test_settings_of_the_defaults_are_those_written_to_a_run(place):

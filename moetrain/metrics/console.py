@@ -28,10 +28,13 @@ class WorkBar:
         done: how many were done before, by a run that is now resumed.
         unit: name of a unit, for plain lines.
         shown: False makes it draw nothing: every rank but the first.
+        stderr: draw there, where stdout is the result.
     """
 
-    def __init__(self, label: str, *, total: int | None, unit: str, done: int = 0, shown: bool = True) -> None:
-        self._console = Console()
+    def __init__(
+        self, label: str, *, total: int | None, unit: str, done: int = 0, shown: bool = True, stderr: bool = False
+    ) -> None:
+        self._console = Console(stderr=stderr)
         self._label, self._total, self._unit, self._done, self._shown = label, total, unit, done, shown
         self._next_plain = 0.0
         self._bar = Progress(
