@@ -9,13 +9,14 @@ import torch
 
 from moetrain.checkpoint import state, store
 from moetrain.config.checks import resolve
+from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.freeze import freeze, to_dict, write_run
 from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.model.build import build_model, initialize
 from moetrain.model.objective import Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
-from moetrain.train.engine import Engine, deepspeed_config
+from moetrain.train.engine import Engine
 
 MODEL = ModelConfig(vocab_size=128, context=16, d_model=32, num_layers=2, num_heads=4, d_ff=64,
                     moe=MoEConfig(num_experts=4, top_k=2, d_expert=32, every=1, router="sigmoid_bias"))  # fmt: skip

@@ -14,12 +14,13 @@ import torch
 
 from moetrain.compose import compose, config_directory
 from moetrain.config.checks import check, resolve
+from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.freeze import flatten, freeze, to_dict
 from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.model.build import build_model
 from moetrain.plan.flops import count_parameters
 from moetrain.report.screen import config_text
-from moetrain.train.engine import _parameter_groups, adopt_experts, deepspeed_config
+from moetrain.train.engine import _parameter_groups, adopt_experts
 
 MODELS = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
@@ -61,6 +62,7 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
         zero_stage=run.parallel.zero_stage,
         dtype=run.model.dtype,
         clip=run.optim.clip,
+        offload_optimizer=run.parallel.offload_optimizer,
     )
 
 

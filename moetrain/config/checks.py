@@ -25,7 +25,8 @@ CHOICES = {
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "launch.kind": ("local",),
     "log.wandb": ("auto", "online", "offline", "off"),
-    "parallel.zero_stage": (0, 1, 2),
+    "parallel.zero_stage": (0, 1, 2, 3),
+    "parallel.recompute": ("none", "selective", "full"),
 }
 POSITIVE = (
     "model.vocab_size", "model.context", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",
@@ -200,6 +201,8 @@ def _layout(run: RunConfig) -> Iterator[str]:
     if run.model.moe is None:
         if expert_parallel > 1:
             yield f"parallel.expert_parallel is {expert_parallel}, but the model is dense: use 1"
+        if run.parallel.two_level_all_to_all:
+            yield "parallel.two_level_all_to_all is true, but the model is dense: set it to false"
         return
     experts = run.model.moe.num_experts
     fitting = _divisors(math.gcd(world_size, experts))
@@ -213,6 +216,11 @@ def _layout(run: RunConfig) -> Iterator[str]:
             f"model.moe.num_experts is {experts}, but must be a multiple of parallel.expert_parallel, "
             f"{expert_parallel}: use {_near(experts, expert_parallel, least=run.model.moe.top_k)}, "
             f"or an expert_parallel of {fitting}"
+        )
+    if run.parallel.two_level_all_to_all and expert_parallel <= (run.launch.processes or 1):
+        yield (
+            f"parallel.two_level_all_to_all is true, but parallel.expert_parallel is {expert_parallel}, and experts "
+            f"are shared inside a node of {run.launch.processes} processes: set it to false"
         )
 
 
@@ -264,8 +272,13 @@ def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
 def _engine(run: RunConfig) -> Iterator[str]:
     if run.parallel.zero_stage == 0 and run.model.dtype == "bf16":
         yield (
-            "parallel.zero_stage is 0, but must be 1 or 2 with model.dtype=bf16: DeepSpeed 0.19 takes a wrong first "
+            "parallel.zero_stage is 0, but must be 1, 2 or 3 with model.dtype=bf16: DeepSpeed 0.19 takes a wrong first "
             "Adam step at stage 0 in bf16"
+        )
+    if run.parallel.zero_stage == 0 and run.parallel.offload_optimizer:
+        yield (
+            "parallel.offload_optimizer is true, but parallel.zero_stage is 0, where the optimizer works on the "
+            "model's own weights: use 1, 2 or 3"
         )
 
 

@@ -205,8 +205,17 @@ class ParallelConfig:
     expert_parallel: int | None = None
     """Ranks that share one set of experts. null: the largest number that divides both the processes of a node and
     num_experts."""
+    two_level_all_to_all: bool = False
+    """Tokens go to the right place of their own node first, and from there to the other nodes, in fewer and longer
+    messages; for expert_parallel above the processes of a node. The results are the same."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): 1 shards the optimizer, 2 gradients too."""
+    """DeepSpeed ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): 1 shards the optimizer, 2 gradients too, 3 also
+    the weights (each is gathered where it is used)."""
+    offload_optimizer: bool = False
+    """Master weights, moments and the optimizer's step in the host's memory; needs zero_stage 1 or more."""
+    recompute: str = "none"
+    """Activations that the backward pass works out anew instead of keeping them: none, selective (all but what the
+    experts got and answered, so that nothing travels twice) or full (all inside a block). The results are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

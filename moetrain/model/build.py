@@ -13,12 +13,14 @@ from moetrain.config.routers import resolve_router
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.attention import Attention
 from moetrain.model.ffn import FeedForward
-from moetrain.model.gpt import GPT, Block
+from moetrain.model.gpt import GPT, Block, TokenEmbedding
+from moetrain.model.recompute import Recompute, Run
 from moetrain.moe.assign import BalancedRouter, DenseRouter, ExpertChoiceRouter, HashRouter, SinkhornRouter, hash_table
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts, SharedExpert
 from moetrain.moe.layer import Capacity, MoELayer
 from moetrain.moe.router import GShardRouter, NoisyTopKRouter, SigmoidBiasRouter, TopKRouter
+from moetrain.parallel.collectives import AllToAll
 from moetrain.parallel.seeds import derive_seed
 
 
@@ -27,22 +29,31 @@ def build_model(
     *,
     local_experts: range | None = None,
     expert_group: dist.ProcessGroup | None = None,
+    all_to_all: AllToAll | None = None,
     expert_V: Tensor | None = None,
+    recompute: str = "none",
 ) -> GPT:
     """The model without values in its weights; ``initialize`` gives them.
 
     Args:
         local_experts: global ids of the experts on this rank; None: all of them.
         expert_group: the ranks that share the experts; None when this rank holds all.
+        all_to_all: how these exchange tokens; None: each with each.
         expert_V: the table of the hash router (``assign.hash_table``); None for the others.
+        recompute: what the backward pass works out anew (``model.recompute``).
     """
-    moe = model.moe
+    moe, how = model.moe, Recompute.of(recompute)
     blocks = []
     for index in range(model.num_layers):
         if moe is not None and (index + 1) % moe.every == 0:
             experts = range(moe.num_experts) if local_experts is None else local_experts
             feed_forward: FeedForward | MoELayer = _moe_layer(
-                model, moe, local_experts=experts, expert_group=expert_group, expert_V=expert_V
+                model,
+                moe,
+                local_experts=experts,
+                dispatcher=Dispatcher(expert_group, all_to_all=all_to_all),
+                expert_V=expert_V,
+                run=how.sparse,
             )
         else:
             feed_forward = FeedForward(model.d_model, d_ff=model.d_ff, activation=model.activation, bias=model.bias)
@@ -53,10 +64,11 @@ def build_model(
             d_head=model.d_head or model.d_model // model.num_heads,
             bias=model.bias,
         )
-        blocks.append(Block(attention, feed_forward=feed_forward, norms=(_norm(model), _norm(model))))
+        norms = (_norm(model), _norm(model))
+        blocks.append(Block(attention, feed_forward=feed_forward, norms=norms, recompute=how))
     return GPT(
         blocks,
-        embedding=nn.Embedding(model.vocab_size, model.d_model),
+        embedding=TokenEmbedding(model.vocab_size, model.d_model),
         positions=nn.Embedding(model.context, model.d_model) if model.positions == "learned" else None,
         rope_theta=model.rope_theta if model.positions == "rope" else None,
         norm=_norm(model),
@@ -121,8 +133,9 @@ def _moe_layer(
     moe: MoEConfig,
     *,
     local_experts: range,
-    expert_group: dist.ProcessGroup | None,
+    dispatcher: Dispatcher,
     expert_V: Tensor | None,
+    run: Run,
 ) -> MoELayer:
     d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
     shared = None
@@ -138,7 +151,7 @@ def _moe_layer(
             global_ids=local_experts,
             dropout=moe.dropout,
         ),
-        dispatcher=Dispatcher(expert_group),
+        dispatcher=dispatcher,
         balance_scope=moe.balance_scope,
         capacity=Capacity(
             factor=moe.capacity_factor,
@@ -147,6 +160,7 @@ def _moe_layer(
             drop=moe.drop,
         ),
         shared=shared,
+        run=run,
     )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moetrain.model.attention import Attention, rotation
+from moetrain.model.attention import Attention, Rotation, rotation
 from moetrain.model.ffn import FeedForward
+from moetrain.model.recompute import Recompute
 from moetrain.moe.layer import MoELayer, MoEOutput
 from moetrain.moe.routing import Choice
 
@@ -24,16 +25,88 @@ class GPTOutput:
     """One for each MoE block, in order; empty for a dense model."""
 
 
+@dataclass(frozen=True)
+class BlockOutput:
+    """What one block gives."""
+
+    hidden_BSD: Tensor
+    """The residual stream after it."""
+    moe: MoEOutput | None
+    """None for a dense block."""
+
+
 class Block(nn.Module):
-    """Norm, attention, norm, feed-forward, each pair around a residual."""
+    """Norm, attention, norm, feed-forward, each pair around a residual.
+
+    Args:
+        recompute: which of its activations the backward pass works out anew.
+    """
 
     def __init__(
-        self, attention: Attention, *, feed_forward: FeedForward | MoELayer, norms: tuple[nn.Module, nn.Module]
+        self,
+        attention: Attention,
+        *,
+        feed_forward: FeedForward | MoELayer,
+        norms: tuple[nn.Module, nn.Module],
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm, self.feed_forward_norm = norms
         self.attention = attention
         self.feed_forward = feed_forward
+        self.recompute = recompute or Recompute()
+
+    def forward(
+        self, x_BSD: Tensor, *, turn: Rotation | None, token_BS: Tensor, replay: Choice | None = None
+    ) -> BlockOutput:
+        """Args:
+        x_BSD: the residual stream.
+        turn: angles of the rotary embedding; None when positions are learned.
+        token_BS: ids.
+        replay: the choice of the router in an earlier pass, to be repeated; None: it chooses.
+        """
+        choice = replay
+
+        def whole(x_BSD: Tensor) -> BlockOutput:
+            nonlocal choice
+            halfway = self.recompute.attention(self._attend, x_BSD, turn)
+            if not isinstance(self.feed_forward, MoELayer):
+                return BlockOutput(halfway.x_BSD + self.recompute.dense(self.feed_forward, halfway.normed_BSD), None)
+            answer: MoEOutput = self.feed_forward(halfway.normed_BSD, token_BS, choice)
+            # a second pass must not choose anew: a near-tie that falls the other way would mix up the two passes
+            choice = answer.choice
+            return BlockOutput(halfway.x_BSD + answer.hidden_TD, answer)
+
+        output: BlockOutput = self.recompute.block(whole, x_BSD)
+        return output
+
+    def _attend(self, x_BSD: Tensor, turn: Rotation | None) -> _Halfway:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn=turn)
+        return _Halfway(x_BSD, self.feed_forward_norm(x_BSD))
+
+
+@dataclass(frozen=True)
+class _Halfway:
+    """Between the two halves of a block."""
+
+    x_BSD: Tensor
+    normed_BSD: Tensor
+
+
+class TokenEmbedding(nn.Embedding):
+    """From ids to vectors, and from vectors to scores of the ids where the output layer shares the weights.
+
+    One module for both ways: an engine that spreads weights over ranks brings them together where the module that owns
+    them is called, and nowhere else.
+    """
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Args:
+        given: ids, int64 of any shape; or vectors [..., D].
+        """
+        if given.is_floating_point():
+            return nn.functional.linear(given, self.weight)
+        return super().forward(given)
 
 
 class GPT(nn.Module):
@@ -51,7 +124,7 @@ class GPT(nn.Module):
         self,
         blocks: list[Block],
         *,
-        embedding: nn.Embedding,
+        embedding: TokenEmbedding,
         positions: nn.Embedding | None,
         rope_theta: float | None,
         norm: nn.Module,
@@ -81,18 +154,15 @@ class GPT(nn.Module):
                 theta=self.rope_theta,
                 device=token_BS.device,
             )
-        moe = []
+        moe: list[MoEOutput] = []
         for block in self.blocks:
-            x = x + block.attention(block.attention_norm(x), turn=turn)
-            normed = block.feed_forward_norm(x)
-            if isinstance(block.feed_forward, MoELayer):
-                answer = block.feed_forward(normed, token_BS, None if replay is None else replay[len(moe)])
-                moe.append(answer)
-                x = x + answer.hidden_TD
-            else:
-                x = x + block.feed_forward(normed)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return GPTOutput(logit_BSV=nn.functional.linear(self.norm(x), weight), moe=moe)
+            repeats = replay is not None and isinstance(block.feed_forward, MoELayer)
+            output = block(x, turn=turn, token_BS=token_BS, replay=replay[len(moe)] if repeats else None)
+            x = output.hidden_BSD
+            if output.moe is not None:
+                moe.append(output.moe)
+        head = self.embedding if self.head is None else self.head
+        return GPTOutput(logit_BSV=head(self.norm(x)), moe=moe)
 
     def moe_state(self) -> dict[str, Tensor]:
         """State of the MoE blocks that no optimizer holds, by global name; the same on every rank."""

@@ -3,8 +3,8 @@
     dispatch   x_TD --copy, sort by expert--> x_ND --all-to-all, sort by expert--> x_RD   (R rows received)
     combine    y_RD --unsort, all-to-all--> y_ND --unsort, weigh, add up--> y_TD
 
-Nothing is padded; copies that do not travel (``Routing.sent_TK``) are left out. Nothing here has parameters; ``group``
-is the only thing that knows of ranks.
+Nothing is padded; copies that do not travel (``Routing.sent_TK``) are left out. Nothing here has parameters;
+``AllToAll`` is the only thing that knows of ranks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.routing import Routing
-from moetrain.parallel.collectives import all_to_all_rows
+from moetrain.parallel.collectives import AllToAll, OneLevel, Trip
 
 
 @dataclass(frozen=True)
 class Exchange:
     """How the all-to-all went; needed to send the answers back."""
 
-    sent: list[int]
-    """Rows to each rank of the group."""
-    received: list[int]
-    """Rows from each rank of the group."""
+    trip: Trip
+    """Rows to and from each rank."""
     order_R: Tensor
     """int64, for each expert-major row, where it was among the rank-major rows that came."""
     position_R: Tensor
@@ -80,46 +78,45 @@ class Dispatcher:
 
     Args:
         group: the expert-parallel ranks in the order of their experts; None when this rank holds every expert.
+        all_to_all: another way among them; None: every rank sends to every rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.ranks = 1 if group is None else dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None, *, all_to_all: AllToAll | None = None) -> None:
+        self.all_to_all = all_to_all
+        if all_to_all is None and group is not None:
+            self.all_to_all = OneLevel(group)
+        self.ranks = 1 if self.all_to_all is None else self.all_to_all.ranks
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         copies = _sort(routing)
         x_ND = _Spread.apply(x_TD, copies)
         x_RD, count_e, exchange = x_ND, routing.sent_E, None
-        if self.group is not None:
-            x_RD, count_e, exchange = self._exchange(x_ND, routing.sent_E, self.group)
+        if self.all_to_all is not None:
+            x_RD, count_e, exchange = _exchange(x_ND, routing.sent_E, self.all_to_all)
         receipt = Receipt(copies=copies, weight_TK=routing.weight_TK, exchange=exchange)
         return Dispatched(x_RD=x_RD, count_e=count_e, receipt=receipt)
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
         y_ND = y_RD
         if receipt.exchange is not None:
-            assert self.group is not None
-            trip = receipt.exchange
-            y_rank_major = _Reorder.apply(y_RD, trip.position_R, trip.order_R)
-            y_ND = all_to_all_rows(y_rank_major, sent=trip.received, received=trip.sent, group=self.group)
+            assert self.all_to_all is not None
+            went = receipt.exchange
+            y_rank_major = _Reorder.apply(y_RD, went.position_R, went.order_R)
+            y_ND = self.all_to_all.back(y_rank_major, went.trip)
         return _Gather.apply(y_ND, receipt.weight_TK.to(y_ND.dtype), receipt.copies)
 
-    def _exchange(self, x_ND: Tensor, count_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Exchange]:
-        sent_Pe = count_E.view(self.ranks, -1)
-        received_Pe = torch.empty_like(sent_Pe)
-        dist.all_to_all_single(received_Pe, sent_Pe.contiguous(), group=group)
-        # one wait for the device, for both lists: the all-to-all's arguments must be on the host
-        sent, received = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()
-        x_rank_major = all_to_all_rows(x_ND, sent=sent, received=received, group=group)
 
-        num_local = received_Pe.shape[1]
-        expert_R = torch.arange(num_local, device=x_ND.device).repeat(self.ranks)
-        expert_R = expert_R.repeat_interleave(received_Pe.flatten(), output_size=sum(received))
-        order_R = expert_R.argsort(stable=True)
-        position_R = _inverse(order_R)
-        x_RD = _Reorder.apply(x_rank_major, order_R, position_R)
-        exchange = Exchange(sent=sent, received=received, order_R=order_R, position_R=position_R)
-        return x_RD, received_Pe.sum(0), exchange
+def _exchange(x_ND: Tensor, count_E: Tensor, all_to_all: AllToAll) -> tuple[Tensor, Tensor, Exchange]:
+    trip = all_to_all.plan(count_E.view(all_to_all.ranks, -1))
+    x_rank_major = all_to_all.there(x_ND, trip)
+
+    received_Pe = trip.received_Pe
+    expert_R = torch.arange(received_Pe.shape[1], device=x_ND.device).repeat(all_to_all.ranks)
+    expert_R = expert_R.repeat_interleave(received_Pe.flatten(), output_size=sum(trip.received))
+    order_R = expert_R.argsort(stable=True)
+    position_R = _inverse(order_R)
+    x_RD = _Reorder.apply(x_rank_major, order_R, position_R)
+    return x_RD, received_Pe.sum(0), Exchange(trip=trip, order_R=order_R, position_R=position_R)
 
 
 def _sort(routing: Routing) -> Copies:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,8 @@ class MoELayer(nn.Module):
             step, makes the gradient the same whatever the number of ranks and of micro-batches.
         capacity: room of the experts.
         shared: visited by every token; None: there is none.
+        run: calls router, experts and shared expert, perhaps a second time in the backward pass instead of keeping
+            what is inside; what travels between them is kept.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class MoELayer(nn.Module):
         balance_scope: str = "global_batch",
         capacity: Capacity | None = None,
         shared: SharedExpert | None = None,
+        run: Callable[..., Any] = lambda function, *args: function(*args),
     ) -> None:
         super().__init__()
         self.router = router
@@ -97,6 +102,7 @@ class MoELayer(nn.Module):
         assert balance_scope in SCOPES, balance_scope
         self.balance_scope = balance_scope
         self.capacity = capacity or Capacity()
+        self.run = run
         num_experts = dispatcher.ranks * len(experts.global_ids)
         # even at first: that has no gradient. No buffer, as the engine may cast buffers to bf16
         self.share_E = torch.full((num_experts,), 1 / num_experts)
@@ -108,13 +114,13 @@ class MoELayer(nn.Module):
         replay: a choice to repeat, for recomputation and debugging; None: the router chooses.
         """
         x_TD = x.reshape(-1, x.shape[-1])
-        chosen: Routing = self.router(x_TD, None if token_BS is None else token_BS.flatten(), replay)
+        chosen = self._route(x_TD, None if token_BS is None else token_BS.flatten(), replay)
         routing = self._limited(chosen)
         rows = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(rows.x_RD, rows.count_e)
+        y_RD = self.run(self.experts, rows.x_RD, rows.count_e)
         y_TD = self.dispatcher.combine(y_RD, rows.receipt)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + self.run(self.shared, x_TD)
         losses = routing.losses | self._losses(routing, length=x.shape[-2])
         load = _load(routing, losses, chosen_E=_counted(routing))
         return MoEOutput(hidden_TD=y_TD.view_as(x), losses=losses, load=load, choice=chosen.choice)
@@ -134,6 +140,17 @@ class MoELayer(nn.Module):
         elif isinstance(self.router, HashRouter):
             state["router.expert_V"] = self.router.expert_V
         return state
+
+    def _route(self, x_TD: Tensor, token_T: Tensor | None, choice: Choice | None) -> Routing:
+        def route(x_TD: Tensor) -> Routing:
+            nonlocal choice
+            routing: Routing = self.router(x_TD, token_T, choice)
+            # for a second run: it must not choose anew
+            choice = routing.choice
+            return routing
+
+        chosen: Routing = self.run(route, x_TD)
+        return chosen
 
     def _limited(self, routing: Routing) -> Routing:
         factor = self.capacity.factor if self.training else self.capacity.evaluation_factor

@@ -2,6 +2,8 @@
 
 Every router, here and in ``assign.py``, is called with the tokens [T, D], their ids [T], and perhaps a ``Choice`` to
 repeat: weights and losses then still come from the scores, so that gradients are right, and only the choice is given.
+A replay draws the same random numbers and saves the same tensors for the backward pass as the pass it repeats: the
+choice itself is made on detached scores.
 """
 
 from __future__ import annotations
@@ -48,10 +50,10 @@ class TopKRouter(nn.Module):
             x_TD = x_TD * torch.empty_like(x_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
         logit_TE = scores(x_TD, self.weight)
         prob_TE = logit_TE.softmax(-1)
-        eligible_TE = prob_TE
+        eligible_TE = prob_TE.detach()
         if self.num_groups is not None and self.top_groups is not None:
-            allowed_TE = best_groups(prob_TE.detach(), num_groups=self.num_groups, top_groups=self.top_groups)
-            eligible_TE = prob_TE.masked_fill(~allowed_TE, float("-inf"))
+            allowed_TE = best_groups(eligible_TE, num_groups=self.num_groups, top_groups=self.top_groups)
+            eligible_TE = eligible_TE.masked_fill(~allowed_TE, float("-inf"))
         expert_TK = eligible_TE.topk(self.top_k, -1).indices if replay is None else replay.expert_TK
         weight_TK = prob_TE.gather(1, expert_TK)
         if self.renormalize:
@@ -79,13 +81,15 @@ class GShardRouter(nn.Module):
     def forward(self, x_TD: Tensor, token_T: Tensor | None = None, replay: Choice | None = None) -> Routing:
         logit_TE = scores(x_TD, self.weight)
         prob_TE = logit_TE.softmax(-1)
-        expert_TK = prob_TE.topk(2, -1).indices if replay is None else replay.expert_TK
+        expert_TK = prob_TE.detach().topk(2, -1).indices if replay is None else replay.expert_TK
         weight_TK = prob_TE.gather(1, expert_TK)
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         sent_TK = None if replay is None else replay.sent_TK
-        if self.training and replay is None:
+        if self.training:
             second_T = weight_TK[:, 1].detach()
+            # drawn for a replay as well: what draws after the router must find the generator as it was the first time
             called_T = torch.rand_like(second_T) < 2 * second_T
+        if self.training and replay is None:
             sent_TK = torch.stack([torch.ones_like(called_T), called_T], dim=-1)
         return make_routing(
             expert_TK,
@@ -120,7 +124,7 @@ class NoisyTopKRouter(nn.Module):
         spread_TE = F.softplus(scores(x_TD, self.noise_weight))
         if self.training:
             logit_TE = clean_TE + torch.randn_like(clean_TE) * spread_TE
-        expert_TK = logit_TE.topk(self.top_k, -1).indices if replay is None else replay.expert_TK
+        expert_TK = logit_TE.detach().topk(self.top_k, -1).indices if replay is None else replay.expert_TK
         weight_TK = logit_TE.gather(1, expert_TK).softmax(-1)
         importance_E = torch.zeros_like(logit_TE).scatter(1, expert_TK, weight_TK).sum(0)
         losses = {"importance": squared_variation(importance_E)}

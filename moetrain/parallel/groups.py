@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from moetrain.errors import LaunchError
+from moetrain.parallel.collectives import TwoLevel
 from moetrain.parallel.host import keep_freed_memory
 from moetrain.parallel.topology import Topology
 
@@ -22,6 +25,7 @@ class Groups:
         device: what it computes on.
         world: all ranks.
         expert: the ranks it exchanges tokens with; None when it holds every expert.
+        two_level: how it exchanges them by way of its node; None: directly.
         control: all ranks, over gloo: small messages between hosts that must not wait for the device.
     """
 
@@ -30,15 +34,18 @@ class Groups:
     world: dist.ProcessGroup
     expert: dist.ProcessGroup | None
     control: dist.ProcessGroup
+    two_level: TwoLevel | None = None
 
 
-def start(*, expert_parallel: int, timeout_seconds: float) -> Groups:
+def start(*, expert_parallel: int, timeout_seconds: float, two_level: bool = False) -> Groups:
     """Join the other ranks (environment RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and make the groups.
 
     NCCL and one GPU per local rank where CUDA is available, gloo on CPU elsewhere.
+
+    Raises:
+        LaunchError: the ranks do not lie on the nodes as ``Topology`` needs them (LOCAL_WORLD_SIZE, LOCAL_RANK).
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    topology = Topology(world_size=world_size, rank=rank, expert_parallel=expert_parallel)
+    topology = _topology(os.environ, expert_parallel=expert_parallel)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -49,22 +56,41 @@ def start(*, expert_parallel: int, timeout_seconds: float) -> Groups:
         keep_freed_memory()
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, timeout=timeout)
-    return make(topology, device=device, timeout=timeout)
+    return make(topology, device=device, timeout=timeout, two_level=two_level)
 
 
-def make(topology: Topology, *, device: torch.device, timeout: timedelta | None = None) -> Groups:
+def _topology(environment: Mapping[str, str], *, expert_parallel: int) -> Topology:
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    per_node = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+    local_rank = int(environment.get("LOCAL_RANK", rank % per_node))
+    if local_rank != rank % per_node:
+        raise LaunchError(
+            f"rank {rank} is number {local_rank} on its node of {per_node} processes, but must be number "
+            f"{rank % per_node}: ranks of a node must be neighbours, and every node must have as many; with SLURM: "
+            "srun --distribution=block"
+        )
+    try:
+        return Topology(world_size=world_size, rank=rank, expert_parallel=expert_parallel, processes_per_node=per_node)
+    except ValueError as error:
+        raise LaunchError(f"parallel.{error}" if str(error).startswith("expert_parallel") else str(error)) from error
+
+
+def make(
+    topology: Topology, *, device: torch.device, timeout: timedelta | None = None, two_level: bool = False
+) -> Groups:
     """The groups of a topology, in a process group that is already initialised.
 
     Args:
+        two_level: exchange tokens inside the node first, where expert groups cross nodes.
         timeout: how long a collective may wait; a new group does not inherit it. None: torch's default.
     """
-    expert = None
-    if topology.expert_parallel > 1:
-        # every rank must take part in the making of every group, in the same order
-        for ranks in topology.expert_groups:
-            group = dist.new_group(ranks, timeout=timeout)
-            if topology.rank in ranks:
-                expert = group
+    expert = _own(topology.expert_groups, topology, timeout) if topology.expert_parallel > 1 else None
+    levels = None
+    if two_level and topology.crosses_nodes:
+        levels = TwoLevel(
+            inside=_own(topology.inside_groups, topology, timeout),
+            across=_own(topology.across_groups, topology, timeout),
+        )
     world = dist.group.WORLD
     assert world is not None
     return Groups(
@@ -73,7 +99,19 @@ def make(topology: Topology, *, device: torch.device, timeout: timedelta | None 
         world=world,
         expert=expert,
         control=dist.new_group(backend="gloo", timeout=timeout),
+        two_level=levels,
     )
+
+
+def _own(all_ranks: list[list[int]], topology: Topology, timeout: timedelta | None) -> dist.ProcessGroup:
+    own = None
+    # every rank must take part in the making of every group, in the same order
+    for ranks in all_ranks:
+        group = dist.new_group(ranks, timeout=timeout)
+        if topology.rank in ranks:
+            own = group
+    assert own is not None
+    return own
 
 
 def stop() -> None:

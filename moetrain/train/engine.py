@@ -1,9 +1,8 @@
 """DeepSpeed behind a few methods. The only place of the training path that imports it.
 
 DeepSpeed finds expert weights by the class of the module that holds them and by marks on the parameters; both are put
-on here, from outside, so that the layers know nothing of it (``adopt_experts``). Every key of its configuration that
-this project depends on is written out (``deepspeed_config``): some of its defaults, such as clipping at 1.0 when no
-clipping was asked for, would change the training.
+on here, from outside, so that the layers know nothing of it (``adopt_experts``). Its configuration is
+``config.deepspeed``.
 """
 
 from __future__ import annotations
@@ -17,54 +16,13 @@ from torch import Tensor, nn
 
 from moetrain.checkpoint.state import Fragment
 from moetrain.errors import TrainingError
+from moetrain.model.gpt import Block
 from moetrain.model.objective import Losses, Objective
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel.groups import Groups
 
-BUCKET_ELEMENTS = 50_000_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def deepspeed_config(
-    *, micro_batch: int, accumulation: int, world_size: int, zero_stage: int, dtype: str, clip: float
-) -> dict[str, Any]:
-    """The whole configuration of the engine.
-
-    At stage 0 clipping is ours: DeepSpeed 0.19 averages the norms of ranks that hold different experts.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": clip if zero_stage > 0 else 0.0,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "gradient_allreduce_op": "mean",
-        "bf16": {"enabled": dtype == "bf16", "immediate_grad_update": True, "check_grad_overflow": True},
-        "fp16": {"enabled": False},
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "round_robin_gradients": False,
-            "compute_grad_norm": True,
-        },
-        # the optimizer is torch's fused AdamW: it needs no compiler at run time, and is not on DeepSpeed's list
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "use_data_before_expert_parallel_": False,
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-        "memory_breakdown": False,
-        "dump_state": False,
-        "flops_profiler": {"enabled": False},
-    }
 
 
 class Engine:
@@ -73,7 +31,7 @@ class Engine:
     Args:
         objective: the model with its loss, on this rank's device.
         groups: this rank's process groups.
-        config: from ``deepspeed_config``.
+        config: from ``config.deepspeed.deepspeed_config``.
         optimizer: keyword arguments of AdamW: lr, betas, eps, weight_decay.
         clip: largest global gradient norm; 0: none.
     """
@@ -94,21 +52,30 @@ class Engine:
         self._count_LE: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
+        if self._stage == 3:
+            _leave_out_of_hooks(self.gpt)
         adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
         self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=adamw, config=config, dist_init_required=False
+            model=_Root(objective), optimizer=adamw, config=config, dist_init_required=False
         )
         self._adamw = adamw
+        self._entered = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+        self._depth = len(self._entered)
         _check_groups(self.gpt, groups)
-        _start_moments(adamw)
+        if self._stage == 3:
+            _keep_routers_whole(self.gpt)
+        _start_moments(adamw, self._flats())
 
     def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
-        losses: Losses = self._engine(token_BS, target_BS)
+        losses: Losses
+        total, losses = self._engine(token_BS, target_BS)
         if losses.load:
             count_LE = torch.stack([load.chosen_E for load in losses.load])
             self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
-        self._engine.backward(losses.total)
+        self._engine.backward(total)
+        # a recomputation stops as soon as it has what it needs, and leaves modules without the hook that takes them off
+        del self._entered[self._depth :]
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; the optimizer steps at the boundary alone
         return losses
@@ -142,7 +109,7 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of master weights and moments, as views (see ``checkpoint.state``)."""
         for parameter, flat, start, offset, numel in self._shares():
-            name, numel_here = self._names[parameter], parameter.numel()
+            name, numel_here = self._names[parameter], _numel(parameter)
             ranks = self._groups.topology.expert_parallel if _is_expert(parameter) else 1
             base = self._groups.topology.expert_rank * numel_here if ranks > 1 else 0
             state = self._adamw.state[flat]
@@ -157,8 +124,21 @@ class Engine:
         """Take over what a load has put into the views of ``fragments``."""
         for state in self._adamw.state.values():
             state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
-        if self._stage > 0:
+        if self._stage == 3:
+            _spread_masters(self._engine.optimizer)
+        elif self._stage > 0:
             self._engine.optimizer.update_lp_params()
+
+    def _flats(self) -> list[Tensor]:
+        """What AdamW steps on: this rank's share of the master weights, one tensor for each group of parameters."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return list(self._names)
+        if self._stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if hasattr(optimizer, "bit16_groups"):
+            return list(optimizer.single_partition_of_fp32_groups)
+        return list(optimizer.fp32_groups_flat_partition)
 
     def _shares(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
         """(parameter, flat master tensor, start in it, offset in the parameter, elements) of this rank."""
@@ -166,12 +146,12 @@ class Engine:
             for parameter in self._names:
                 yield parameter, parameter, 0, 0, parameter.numel()
             return
+        if self._stage == 3:
+            yield from _even_shares(self._engine.optimizer)
+            return
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "bit16_groups"):
-            groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-        else:
-            groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
-        for parameters, flat in zip(groups, flats, strict=True):
+        groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+        for parameters, flat in zip(groups, self._flats(), strict=True):
             for parameter in parameters:
                 share = parameter._hp_mapping
                 if share is not None:
@@ -194,6 +174,22 @@ class Engine:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._clip / norm)
         return norm
+
+
+class _Root(nn.Module):
+    """The objective with its total as a tensor by itself.
+
+    DeepSpeed hangs what it does at the start of a backward pass on the tensors of the answer: without one, offloaded
+    gradients of accumulated micro-batches are lost at ZeRO 3.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, token_BS: Tensor, target_BS: Tensor) -> tuple[Tensor, Losses]:
+        losses: Losses = self.objective(token_BS, target_BS)
+        return losses.total, losses
 
 
 def adopt_experts(gpt: nn.Module, *, expert_parallel: int) -> None:
@@ -251,14 +247,74 @@ def _parameter_groups(gpt: nn.Module, *, weight_decay: float, **adamw: Any) -> l
     return [group for group in split if group["params"]]
 
 
-def _start_moments(adamw: torch.optim.AdamW) -> None:
-    """Give every parameter its Adam state before the first step, so that a load has somewhere to put it."""
-    for group in adamw.param_groups:
-        for parameter in group["params"]:
-            state = adamw.state[parameter]
-            for moment in MOMENTS:
-                state.setdefault(moment, torch.zeros_like(parameter.data))
-            state.setdefault("step", torch.zeros((), device=parameter.device))
+def _start_moments(adamw: torch.optim.AdamW, flats: list[Tensor]) -> None:
+    """Give all that is stepped on its Adam state before the first step, so that a load has somewhere to put it."""
+    for flat in flats:
+        state = adamw.state[flat]
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(flat.data))
+        state.setdefault("step", torch.zeros((), device=flat.device))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # at ZeRO 3 the parameter itself is empty between its uses
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _even_shares(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+    """The shares of ZeRO 3: each parameter is cut evenly over its ranks, the last of them padded."""
+    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        start = 0
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            offset = dist.get_rank(parameter.ds_process_group) * size
+            numel = min(size, parameter.ds_numel - offset)
+            if numel > 0:
+                yield parameter, flat, start, offset, numel
+            start += size
+
+
+def _spread_masters(optimizer: Any) -> None:
+    """ZeRO 3: bring what was loaded into the master weights to the weights that the model computes with."""
+    optimizer.checkpoint_event_prologue()
+    for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+        optimizer._unflatten_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()
+
+
+class _NoHook:
+    """In the place of the function by which DeepSpeed learns that a module's backward is over."""
+
+    @staticmethod
+    def apply(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _leave_out_of_hooks(gpt: nn.Module) -> None:
+    """ZeRO 3, before ``initialize``: modules whose answer is no tensor get no backward hooks.
+
+    DeepSpeed brackets the backward of a module with one hook on the tensors of its answer, which gathers its weights,
+    and one on its arguments, which lets them go. It does not find the tensors in our results (``Routing``,
+    ``MoEOutput``, ``BlockOutput``), and then asserts that the second is never without the first. These modules have no
+    weights of their own, save the routers (``_keep_routers_whole``).
+    """
+    for module in gpt.modules():
+        if isinstance(module, MoELayer):
+            module.post_bwd_fn = module.router.post_bwd_fn = _NoHook
+        elif isinstance(module, Block):
+            module.post_bwd_fn = _NoHook
+
+
+def _keep_routers_whole(gpt: nn.Module) -> None:
+    """ZeRO 3, after ``initialize``: the routers' weights, which are small, are let go at the optimizer step alone.
+
+    Without hooks nothing would gather them again for the backward pass.
+    """
+    for module in gpt.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.router.parameters():
+                parameter.is_external_param = True
 
 
 def _check_groups(gpt: nn.Module, ours: Groups) -> None:

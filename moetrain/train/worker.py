@@ -24,6 +24,7 @@ from torch import Tensor
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint import store
 from moetrain.config.checks import in_steps, steps_in_run
+from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.freeze import freeze, read_run, to_dict
 from moetrain.config.identity import differences, is_fixed
 from moetrain.config.routers import loss_weights
@@ -41,7 +42,7 @@ from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
 from moetrain.plan.flops import flops_per_token
-from moetrain.train.engine import Engine, deepspeed_config
+from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import StopRequest
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
@@ -98,7 +99,9 @@ def run_rank(run_dir: Path) -> bool:
     """
     run = read_run(run_dir)
     groups = process_groups.start(
-        expert_parallel=run.parallel.expert_parallel or 1, timeout_seconds=run.launch.timeout_seconds
+        expert_parallel=run.parallel.expert_parallel or 1,
+        timeout_seconds=run.launch.timeout_seconds,
+        two_level=run.parallel.two_level_all_to_all,
     )
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
@@ -190,11 +193,13 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
+        all_to_all=groups.two_level,
         expert_V=expert_table(
             run.model,
             seed=run.seed,
             frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
         ),
+        recompute=run.parallel.recompute,
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)
     objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
@@ -205,6 +210,7 @@ def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Pre
         zero_stage=run.parallel.zero_stage,
         dtype=run.model.dtype,
         clip=run.optim.clip,
+        offload_optimizer=run.parallel.offload_optimizer,
     )
     optimizer = {
         "lr": run.optim.lr,

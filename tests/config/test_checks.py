@@ -202,8 +202,23 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ),
     (
         {"parallel.zero_stage": 0, "model.dtype": "bf16"},
-        "parallel.zero_stage is 0, but must be 1 or 2 with model.dtype=bf16",
-        [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 2}],
+        "parallel.zero_stage is 0, but must be 1, 2 or 3 with model.dtype=bf16",
+        [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 2}, {"parallel.zero_stage": 3}],
+    ),
+    (
+        {"parallel.two_level_all_to_all": True, "launch.processes": 4, "parallel.expert_parallel": 2},
+        "parallel.two_level_all_to_all is true, but parallel.expert_parallel is 2, and experts are shared",
+        [{"parallel.two_level_all_to_all": False}],
+    ),
+    (
+        {"parallel.two_level_all_to_all": True, "model.moe": None},
+        "parallel.two_level_all_to_all is true, but the model is dense",
+        [{"parallel.two_level_all_to_all": False}],
+    ),
+    (
+        {"parallel.zero_stage": 0, "parallel.offload_optimizer": True},
+        "parallel.offload_optimizer is true, but parallel.zero_stage is 0",
+        [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.offload_optimizer": False}],
     ),
     ({"optim.beta1": 1.0}, "optim.beta1 is 1.0, but must lie in [0, 1)", [{"optim.beta1": 0.0}]),
     ({"optim.beta2": -0.1}, "optim.beta2 is -0.1, but must lie in [0, 1)", [{"optim.beta2": 0.999}]),

@@ -77,6 +77,12 @@ def _every_layout(rank: int) -> dict[str, dict[str, Tensor]]:
         for name, shunned in SHUNNED.items():
             layer = make_layer(dispatcher, local=topology.local_experts(NUM_EXPERTS), shunned=shunned)
             answers[f"{name}, {expert_parallel}"] = run_layer(layer, tokens(rank), upstream(rank))
+    two_nodes = Topology(world_size=WORLD_SIZE, rank=rank, expert_parallel=WORLD_SIZE, processes_per_node=2)
+    groups = make(two_nodes, device=torch.device("cpu"), two_level=True)
+    dispatcher = Dispatcher(groups.expert, all_to_all=groups.two_level)
+    for name, shunned in SHUNNED.items():
+        layer = make_layer(dispatcher, local=two_nodes.local_experts(NUM_EXPERTS), shunned=shunned)
+        answers[f"{name}, two levels"] = run_layer(layer, tokens(rank), upstream(rank))
     return answers
 
 
@@ -184,6 +190,10 @@ def test_expert_parallel_equals_one_process(ranks) -> None:
             for members in expert_groups(expert_parallel):
                 mine = [answers[rank][f"{name}, {expert_parallel}"] for rank in members]
                 _assert_equals_one_process(mine, members, shunned=shunned)
+        for answer in answers:
+            # the same rows in the same order: the same bits
+            for key, tensor in answer[f"{name}, {WORLD_SIZE}"].items():
+                assert torch.equal(answer[f"{name}, two levels"][key], tensor), f"{name}: {key}"
 
 
 def _assert_equals_one_process(answers: list[dict[str, Tensor]], members: list[int], *, shunned: list[int]) -> None:

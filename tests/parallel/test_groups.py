@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from moetrain.errors import LaunchError
 from moetrain.parallel.groups import Groups, make, start, stop
 from moetrain.parallel.topology import Topology
 
@@ -43,6 +45,23 @@ def _groups(rank: int) -> dict[str, Any]:
     answers["alone"] = _describe(start(expert_parallel=1, timeout_seconds=30.0))
     stop()
     return answers
+
+
+@pytest.mark.parametrize(
+    ("environment", "expert_parallel", "told"),
+    [
+        # as srun --distribution=cyclic would have it
+        ({"RANK": "1", "LOCAL_RANK": "0"}, 1, "rank 1 is number 0 on its node of 2 processes, but must be number 1"),
+        ({"WORLD_SIZE": "3"}, 1, "the world size is 3, but must be a multiple of the processes of a node, 2"),
+        ({"WORLD_SIZE": "6"}, 3, "parallel.expert_parallel is 3, but must divide the processes of a node, 2"),
+    ],
+)
+def test_ranks_that_do_not_lie_on_the_nodes_as_they_must_are_refused(monkeypatch, environment, expert_parallel, told):
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (defaults | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=told):
+        start(expert_parallel=expert_parallel, timeout_seconds=1.0)
 
 
 def test_each_rank_is_in_the_groups_of_its_place(ranks) -> None:
