@@ -11,11 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetrain"
 
 MAY_IMPORT = {
-    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "errors"},
+    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "verify",
+            "errors"},
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
+    "verify": {"train", "model", "moe", "data", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
     "plan": {"config", "parallel.topology", "errors"},
@@ -29,7 +31,8 @@ MAY_IMPORT = {
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "errors", "checkpoint.store",
             "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule", "metrics.log",
-            "metrics.speed", "metrics.console")  # fmt: skip
+            "metrics.speed", "metrics.console",
+            "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},

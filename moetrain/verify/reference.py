@@ -1,0 +1,120 @@
+"""One process, torch alone: a plain loop with ``clip_grad_norm_`` and AdamW. No DeepSpeed, no groups, no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.config.routers import loss_weights
+from moetrain.config.schema import OptimConfig, RunConfig
+from moetrain.data.loader import Batches
+from moetrain.model.build import build_model, expert_table, initialize
+from moetrain.model.gpt import GPT
+from moetrain.model.objective import Objective
+from moetrain.parallel.seeds import derive_seed
+from moetrain.verify.shrink import Split
+from moetrain.verify.trace import AuxLosses, StepTrace, Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A model and what trains it.
+
+    Attributes:
+        gpt: every expert of it, in the run's dtype.
+        masters: float32 copy of each parameter, by its name; gradients are added up here, in float32.
+    """
+
+    gpt: GPT
+    objective: Objective
+    masters: dict[str, nn.Parameter]
+    adamw: torch.optim.AdamW
+
+
+def build(run: RunConfig, *, frequency_V: Tensor) -> Plain:
+    """The model of a run in one process.
+
+    Args:
+        frequency_V: how often each token id occurs.
+    """
+    gpt = build_model(run.model, expert_V=expert_table(run.model, seed=run.seed, frequency=lambda: frequency_V))
+    initialize(gpt, init_std=run.model.init_std, seed=run.seed)
+    if run.model.dtype == "bf16":
+        gpt.bfloat16()
+    masters = {name: nn.Parameter(weight.detach().float().clone()) for name, weight in gpt.named_parameters()}
+    objective = Objective(gpt, loss_weights=loss_weights(run.model.moe) if run.model.moe else {})
+    return Plain(gpt=gpt, objective=objective, masters=masters, adamw=_adamw(masters, optim=run.optim))
+
+
+def train_plainly(plain: Plain, run: RunConfig, *, batches: Batches, split: Split, steps: int) -> Trace:
+    """The first steps of a run, without any of the machinery that layouts need.
+
+    Args:
+        batches: the global batch of each step.
+        split: into how many passes a batch is divided.
+    """
+    masters = plain.masters
+    start = {f"{name}/fp32": master.detach().clone().flatten() for name, master in masters.items()}
+    traces, gradient = [], {}
+    with AuxLosses(plain.gpt) as aux:
+        for step in range(steps):
+            language = _add_up_gradients(plain, torch.from_numpy(batches.at(step)), split=split,
+                                         seeds=[derive_seed(run.seed, step, rank) for rank in range(split.ranks)])  # fmt: skip
+            if step == 0:
+                gradient = {name: _gradient(master).clone().flatten() for name, master in masters.items()}
+            norm = nn.utils.clip_grad_norm_(masters.values(), run.optim.clip or float("inf")).item()
+            plain.adamw.step()
+            plain.adamw.zero_grad()
+            with torch.no_grad():
+                for name, weight in plain.gpt.named_parameters():
+                    weight.copy_(masters[name])
+            traces.append(StepTrace(language=language, aux=aux.take(), norms=[norm]))
+    return Trace(steps=traces, start=start, gradient=gradient, end=_end(plain))
+
+
+def _add_up_gradients(plain: Plain, rows_BS: Tensor, *, split: Split, seeds: list[int]) -> float:
+    """Forward and backward of a global batch; returns the mean language loss."""
+    passes = split.accumulation * split.ranks
+    # row i belongs to micro-batch i // (ranks x M), and there to rank i // M % ranks (``Batches.rank_slice``)
+    micro_batches = rows_BS.view(split.accumulation, split.ranks, -1, rows_BS.shape[1])
+    language, counts = 0.0, []
+    for rank, seed in enumerate(seeds):
+        torch.manual_seed(seed)
+        for micro in micro_batches[:, rank]:
+            losses = plain.objective(micro[:, :-1].contiguous(), micro[:, 1:].contiguous())
+            (losses.total / passes).backward()
+            language += losses.language.item() / passes
+            counts.append([load.count_E for load in losses.load])
+            for name, weight in plain.gpt.named_parameters():
+                if weight.grad is not None:
+                    plain.masters[name].grad = _gradient(plain.masters[name]) + weight.grad.float()
+                    weight.grad = None
+    if plain.gpt.wants_counts:
+        plain.gpt.after_step([torch.stack(of_layer).sum(0) for of_layer in zip(*counts, strict=True)])
+    return language
+
+
+def _gradient(master: nn.Parameter) -> Tensor:
+    return torch.zeros_like(master) if master.grad is None else master.grad
+
+
+def _adamw(masters: dict[str, nn.Parameter], *, optim: OptimConfig) -> torch.optim.AdamW:
+    """Matrices decay, and nothing else: neither norms nor biases nor embeddings of positions."""
+    decays = {name: master.dim() > 1 and not name.startswith("positions.") for name, master in masters.items()}
+    groups = [
+        {"params": [master for name, master in masters.items() if decays[name]], "weight_decay": optim.weight_decay},
+        {"params": [master for name, master in masters.items() if not decays[name]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False)
+
+
+def _end(plain: Plain) -> dict[str, Tensor]:
+    end = {f"{name}/state": tensor.flatten() for name, tensor in plain.gpt.router_state().items()}
+    for name, master in plain.masters.items():
+        end[f"{name}/fp32"] = master.detach().flatten()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state = plain.adamw.state[master]
+            end[f"{name}/{moment}"] = state[moment].flatten() if state else torch.zeros_like(master).flatten()
+    return end
