@@ -4,9 +4,10 @@ Two float32 runs that add up the same numbers in another order differ by roundin
 shrunk, on 1, 2 and 4 ranks, the largest errors measured were LARGEST; the bounds (``spec.BOUNDS``) leave that room, and
 are far below any fault: the smallest, one micro-batch of eight left out, changes gradients by a tenth.
 
-In bf16 every product rounds to 4e-3 of its value, and experts multiply other groups of rows on another layout, so the
-bounds are those of bf16 itself. A fault in a small part of the loss would hide there: a bf16 model is compared in
-float32 as well.
+In bf16 every product rounds to 4e-3 of its value, and experts multiply other groups of rows on another layout. Such a
+difference in the weights soon sends a token to another expert, so tensors are compared after the first step, and of the
+later ones losses and norms. A fault in a small part of the loss would hide under these bounds: a bf16 model is compared
+in float32 as well.
 
 The error of a tensor is |found - expected| / |expected|, with a floor under the divisor: FLOOR times the root mean
 square over all tensors of its kind. Below it a gradient is rounding of the larger ones (of the keys' biases, say, which
@@ -26,7 +27,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.verify import hints
 from moetrain.verify.layouts import Layout
 from moetrain.verify.spec import BOUNDS, Difference, Result
-from moetrain.verify.trace import StepTrace, Trace
+from moetrain.verify.trace import StepTrace, Trace, Whole
 
 FLOOR = 0.05
 AUX_FLOOR = 0.1
@@ -56,10 +57,9 @@ class Piece:
         """What a person reads."""
         return self.parameter if self.expert is None else f"{self.parameter}, expert {self.expert}"
 
-    def of(self, tensors: dict[str, Tensor], kind: str = "") -> Tensor | None:
-        """This piece of a trace's tensors; None where there is no such tensor."""
-        whole = tensors.get(self.parameter + kind)
-        return None if whole is None else whole[self.first : self.first + self.numel]
+    def of(self, whole: Tensor) -> Tensor:
+        """This piece of the flat parameter, or of another tensor of its shape."""
+        return whole[self.first : self.first + self.numel]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,26 +103,34 @@ def compare(found: Trace, reference: Reference, *, layout: Layout) -> Result:
 
 def _checks(found: Trace, reference: Reference, *, layout: Layout) -> Iterator[_Check]:
     """In the order in which a run computes them, so that the first to differ is nearest to the fault."""
-    expected, bounds = reference.trace, BOUNDS[layout.dtype]
-    exact = dict.fromkeys(bounds, 0.0)  # what is drawn by name is the same to the bit
-    yield from _tensors(found, reference, kind="/fp32", when="start", what="initial value", step=0, layout=layout,
-                        bounds=exact)  # fmt: skip
+    expected, bound = reference.trace, BOUNDS[layout.dtype]
+    pairs = _pairs(found.after[0], expected.after[0], "/fp32", reference)
+    # what is drawn by name is the same to the bit
+    yield from _tensors(pairs, what="initial value", step=0, column="params", bounds={"params": 0.0}, layout=layout)
+    last = len(expected.steps)
     for step, (ours, theirs) in enumerate(zip(found.steps, expected.steps, strict=True), start=1):
         yield from _losses(ours, theirs, step=step, layout=layout)
         if step == 1:
-            yield from _tensors(found, reference, kind="", when="gradient", what="gradient", step=1, layout=layout,
-                                bounds=bounds)  # fmt: skip
+            pairs = _pairs(found.gradient, expected.gradient, "", reference)
+            yield from _tensors(pairs, what="gradient", step=1, column=None, bounds=bound, layout=layout)
         error = max(_distance(norm, theirs.norms[0]) for norm in ours.norms)
         hint = hints.of_norm(ours.norms, squares=_squares(reference), layout=layout) if step == 1 else ""
-        yield _Check(column="norm", what="gradient norm", step=step, error=error, bound=bounds["norm"], hint=hint)
-    last = len(expected.steps)
+        yield _Check(column="norm", what="gradient norm", step=step, error=error, bound=bound["norm"], hint=hint)
+        if step == 1 or (step == last and layout.dtype == "fp32"):
+            yield from _state(found.after[step], reference, step=step, layout=layout)
+
+
+def _state(found: Whole, reference: Reference, *, step: int, layout: Layout) -> Iterator[_Check]:
+    """Weights, moments, and what routers keep beside them."""
+    expected, bounds = reference.trace.after[step], BOUNDS[layout.dtype]
     for kind, what in (("/fp32", "weight"), ("/exp_avg", "first moment"), ("/exp_avg_sq", "second moment")):
-        yield from _tensors(found, reference, kind=kind, when="end", what=what, step=last, layout=layout,
-                            bounds=bounds)  # fmt: skip
-    for name in [name for name in expected.end if name.endswith("/state")]:
-        error = _error(found.end.get(name), expected.end[name], floor=0.0)
-        what = f"state of the router, {name.removesuffix('/state')}"
-        yield _Check(column="params", what=what, step=last, error=error, bound=bounds["params"])
+        pairs = _pairs(found, expected, kind, reference)
+        yield from _tensors(pairs, what=what, step=step, column="params", bounds=bounds, layout=layout)
+    for name, tensor in expected.tensors.items():
+        if name.endswith("/state"):
+            error = math.inf if name in found.torn else _error(found.tensors.get(name), tensor, floor=0.0)
+            what = f"state of the router, {name.removesuffix('/state')}"
+            yield _Check(column="params", what=what, step=step, error=error, bound=bounds["params"])
 
 
 def _losses(ours: StepTrace, theirs: StepTrace, *, step: int, layout: Layout) -> Iterator[_Check]:
@@ -142,33 +150,50 @@ def _losses(ours: StepTrace, theirs: StepTrace, *, step: int, layout: Layout) ->
     yield _Check(column="loss", what="language loss", step=step, error=error, bound=bounds["loss"], hint=hint)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    piece: Piece
+    found: Tensor | None
+    expected: Tensor
+    torn: bool
+
+
+def _pairs(found: Whole, expected: Whole, kind: str, reference: Reference) -> list[_Pair]:
+    pairs = []
+    for piece in reference.pieces:
+        name = piece.parameter + kind
+        own = found.tensors.get(name)
+        pairs.append(_Pair(piece=piece, found=None if own is None else piece.of(own),
+                           expected=piece.of(expected.tensors[name]), torn=name in found.torn))  # fmt: skip
+    return pairs
+
+
 def _tensors(
-    found: Trace,
-    reference: Reference,
-    *,
-    kind: str,
-    when: str,
-    what: str,
-    step: int,
-    layout: Layout,
-    bounds: dict[str, float],
+    pairs: list[_Pair], *, what: str, step: int, column: str | None, bounds: dict[str, float], layout: Layout
 ) -> Iterator[_Check]:
-    ours, theirs = getattr(found, when), getattr(reference.trace, when)
-    pairs = [(piece, piece.of(ours, kind), piece.of(theirs, kind)) for piece in reference.pieces]
-    floor = FLOOR * _root_mean_square([tensor for _, _, tensor in pairs if tensor is not None])
-    for piece, own, other in pairs:
-        assert other is not None, f"the plain loop has all of {piece.parameter}"
-        column = piece.column if when == "gradient" else "params"
-        torn = piece.parameter + (kind or "/exp_avg") in found.torn
-        error = math.inf if torn else _error(own, other, floor=floor)
-        check = _Check(column=column, what=f"{what} of {piece.label}", step=step, error=error, bound=bounds[column])
-        if check.passes or own is None:
-            yield check
-            continue
-        siblings = {p.expert: tensor for p, _, tensor in pairs if p.parameter == piece.parameter and p.expert is not None}
-        hint = hints.of_tensor(own, other, column=piece.column, expert=piece.expert, siblings=siblings, torn=torn,
-                               is_start=when == "start", layout=layout)  # fmt: skip
-        yield _Check(column=column, what=check.what, step=step, error=error, bound=check.bound, hint=hint)
+    """Args:
+    column: of the table; None: that of each piece.
+    """
+    floor = FLOOR * _root_mean_square([pair.expected for pair in pairs])
+    for pair in pairs:
+        piece, into = pair.piece, column or pair.piece.column
+        error = math.inf if pair.torn else _error(pair.found, pair.expected, floor=floor)
+        hint = ""
+        if not error <= bounds[into]:
+            hint = hints.of_tensor(
+                pair.found,
+                pair.expected,
+                column=piece.column,
+                siblings={
+                    other.piece.expert: other.expected
+                    for other in pairs
+                    if other.piece.parameter == piece.parameter and other.piece.expert not in (None, piece.expert)
+                },
+                torn=pair.torn,
+                is_start=step == 0,
+                layout=layout,
+            )
+        yield _Check(column=into, what=f"{what} of {piece.label}", step=step, error=error, bound=bounds[into], hint=hint)
 
 
 def _error(found: Tensor | None, expected: Tensor, *, floor: float) -> float:
@@ -192,8 +217,7 @@ def _squares(reference: Reference) -> hints.Squares:
     """The squared norm of the first gradient, expert by expert."""
     dense, of_expert = 0.0, dict[int, float]()
     for piece in reference.pieces:
-        part = piece.of(reference.trace.gradient)
-        square = 0.0 if part is None else part.double().square().sum().item()
+        square = piece.of(reference.trace.gradient.tensors[piece.parameter]).double().square().sum().item()
         if piece.expert is None:
             dense += square
         else:

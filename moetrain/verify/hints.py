@@ -28,12 +28,11 @@ class Squares:
 
 
 def of_tensor(
-    found: Tensor,
+    found: Tensor | None,
     expected: Tensor,
     *,
     column: str,
-    expert: int | None,
-    siblings: dict[int, Tensor | None],
+    siblings: dict[int | None, Tensor],
     torn: bool,
     is_start: bool,
     layout: Layout,
@@ -41,16 +40,16 @@ def of_tensor(
     """Why a tensor may differ.
 
     Args:
-        siblings: what one process has for every expert of the same parameter, by global id.
+        siblings: what one process has for the other experts of the same parameter, by global id.
         torn: two ranks hold different copies.
         is_start: whether these are initial values.
     """
     if torn:
         return "ranks hold different copies of it"
-    if bool(found.isnan().any()):
+    if found is None or bool(found.isnan().any()):
         return "no rank holds all of it, or it is no number"
     for other, tensor in siblings.items():
-        if other != expert and tensor is not None and _is_near(found, tensor):
+        if _is_near(found, tensor):
             return f"it is that of expert {other}: are the experts in their places?"
     if is_start:
         return "drawn by the layout, not by its global name and expert id?"

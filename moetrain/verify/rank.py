@@ -17,13 +17,14 @@ if __name__ == "__main__":
     die_with_parent()
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.checkpoint.state import Fragment
 from moetrain.config.checks import steps_in_run
 from moetrain.config.schema import RunConfig
 from moetrain.data.loader import Batches
@@ -41,7 +42,10 @@ from moetrain.verify.layouts import Layout
 from moetrain.verify.reference import build, train_plainly
 from moetrain.verify.shrink import TOKENS, Split, lay_out, split_of
 from moetrain.verify.spec import add_result, read_spec
-from moetrain.verify.trace import AuxLosses, StepTrace, Trace
+from moetrain.verify.trace import AuxLosses, StepTrace, Trace, Whole
+
+SAME_COPY = 1e-5
+"""Relative difference between two ranks' copies of a number that is still rounding."""
 
 
 def run_rank(directory: Path) -> None:
@@ -92,94 +96,84 @@ def _train(run: RunConfig, *, groups: Groups, data: _Data) -> Trace | None:
     """The run through the engine, its traces brought together on rank 0; None on the others."""
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     engine = build_engine(run, groups=groups, sizes=sizes, frequency=lambda: data.frequency_V)
-    start = _gather(engine, groups)
-
     def batch(step: int) -> list[tuple[Tensor, Tensor]]:
         rows = data.batches.rank_slice(step, rank=groups.topology.rank, world_size=groups.topology.world_size,
                                        micro_batch=sizes.micro_batch)  # fmt: skip
         return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in torch.from_numpy(rows)]
 
-    with AuxLosses(engine.gpt) as aux:
-        recorder = _Recorder(engine, aux=aux, groups=groups, beta1=run.optim.beta1, clip=run.optim.clip)
-        plan = Plan(
-            steps=_steps(run),
-            schedule=Schedule(kind="constant", peak=run.optim.lr, steps=_steps(run), warmup=0, decay=0, min_ratio=1.0),
-            batch=batch,
-            tokens_per_step=sizes.tokens_per_step,
-            seed=run.seed,
-            hooks=(recorder,),
-            stop=lambda: False,
-        )
-        train(engine, plan=plan, state=TrainState(), rank=groups.topology.rank)
-    end = _gather(engine, groups)
-    steps = _gather_steps(recorder.steps, groups)
-    if start is None or end is None or recorder.gradient is None:
-        return None
-    return Trace(
-        steps=steps,
-        start={name: tensor for name, tensor in start.tensors.items() if name.endswith("/fp32")},
-        gradient=recorder.gradient.tensors,
-        end=end.tensors,
-        torn=start.torn | recorder.gradient.torn | end.torn,
+    plan = Plan(
+        steps=_steps(run),
+        schedule=Schedule(kind="constant", peak=run.optim.lr, steps=_steps(run), warmup=0, decay=0, min_ratio=1.0),
+        batch=batch,
+        tokens_per_step=sizes.tokens_per_step,
+        seed=run.seed,
+        hooks=(),
+        stop=lambda: False,
     )
+    with AuxLosses(engine.gpt) as aux:
+        recorder = _Recorder(engine, aux=aux, groups=groups, run=run)
+        train(engine, plan=replace(plan, hooks=(recorder,)), state=TrainState(), rank=groups.topology.rank)
+    steps = _gather_steps(recorder.steps, groups)
+    if recorder.gradient is None:
+        return None
+    return Trace(steps=steps, gradient=recorder.gradient, after=recorder.after)
 
 
 class _Recorder:
-    """A hook of the training loop that keeps what a step gave, and the gradient of the first one."""
+    """A hook of the training loop that keeps what the steps gave, and on rank 0 the tensors of all ranks."""
 
-    def __init__(self, engine: Engine, *, aux: AuxLosses, groups: Groups, beta1: float, clip: float) -> None:
-        self._engine, self._aux, self._groups = engine, aux, groups
-        self._beta1, self._clip = beta1, clip
+    def __init__(self, engine: Engine, *, aux: AuxLosses, groups: Groups, run: RunConfig) -> None:
+        self._engine, self._aux, self._groups, self._run = engine, aux, groups, run
         self.steps: list[StepTrace] = []
-        self.gradient: _Whole | None = None
+        self.gradient: Whole | None = None
+        self.after: dict[int, Whole] = {}
+        self._keep(0, [part for part in self._own() if part.name.endswith("/fp32")])
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         language = torch.stack([losses.language for losses in result.micro_batches]).mean().item()
         self.steps.append(StepTrace(language=language, aux=self._aux.take(), norms=[result.grad_norm]))
         if state.step == 1:
-            whole = _gather(self._engine, self._groups)
-            if whole is not None:
-                self.gradient = self._unclipped(whole, norm=result.grad_norm)
+            self.gradient = _gather(self._gradient(result.grad_norm), self._groups)
+        if state.step in (1, _steps(self._run)):
+            self._keep(state.step, self._own())
 
-    def _unclipped(self, whole: _Whole, *, norm: float) -> _Whole:
+    def _own(self) -> list[Fragment]:
+        return [replace(each, view=each.view.detach().cpu().float().clone()) for each in self._engine.fragments()]
+
+    def _keep(self, step: int, parts: list[Fragment]) -> None:
+        whole = _gather(parts, self._groups)
+        if whole is not None:
+            self.after[step] = whole
+
+    def _gradient(self, norm: float) -> list[Fragment]:
         """The first moment after one step is (1 - beta1) x the clipped gradient, on every layout and stage."""
-        # clipping divides by the norm that the engine took; to undo it by the same leaves its faults to their column
-        clipped_by = max(1.0, (norm + 1e-6) / self._clip) if self._clip else 1.0
-        factor = clipped_by / (1 - self._beta1)
-        ending = "/exp_avg"
-        return _Whole(
-            {n.removesuffix(ending): t * factor for n, t in whole.tensors.items() if n.endswith(ending)},
-            {n for n in whole.torn if n.endswith(ending)},
-        )
+        # what the rank clipped by is undone by the norm it told, so that a wrong norm shows as that and nothing else
+        clip = self._run.optim.clip
+        factor = (max(1.0, (norm + 1e-6) / clip) if clip else 1.0) / (1 - self._run.optim.beta1)
+        return [
+            replace(part, name=part.name.removesuffix("/exp_avg"), view=part.view * factor)
+            for part in self._own()
+            if part.name.endswith("/exp_avg")
+        ]
 
 
-@dataclass(frozen=True)
-class _Whole:
-    tensors: dict[str, Tensor]
-    """Whole, flat, float32, by global name."""
-    torn: set[str]
-    """Names of which two ranks hold different copies."""
-
-
-def _gather(engine: Engine, groups: Groups) -> _Whole | None:
+def _gather(own: list[Fragment], groups: Groups) -> Whole | None:
     """Every tensor put together from the ranks' intervals, on rank 0; None on the others."""
-    own = [(f.name, f.offset, f.global_numel, f.view.detach().cpu().clone()) for f in engine.fragments()]
-    parts: list[list[tuple[str, int, int, Tensor]]] | None = None
+    of_ranks: list[list[Fragment]] | None = None
     if groups.topology.rank == 0:
-        parts = [[] for _ in range(groups.topology.world_size)]
-    dist.gather_object(own, parts, dst=0, group=groups.control)
-    if parts is None:
+        of_ranks = [[] for _ in range(groups.topology.world_size)]
+    dist.gather_object(own, of_ranks, dst=0, group=groups.control)
+    if of_ranks is None:
         return None
-    tensors: dict[str, Tensor] = {}
-    torn = set()
-    for name, offset, numel, view in (part for of_rank in parts for part in of_rank):
-        # what no rank holds stays NaN, and is told as a difference
-        whole = tensors.setdefault(name, torch.full((numel,), float("nan")))
-        part, view = whole[offset : offset + view.numel()], view.float()
-        if not bool(((part == view) | part.isnan()).all()):
-            torn.add(name)
-        part.copy_(view)
-    return _Whole(tensors, torn)
+    whole = Whole(tensors={})
+    for part in (part for of_rank in of_ranks for part in of_rank):
+        tensor = whole.tensors.setdefault(part.name, torch.full((part.global_numel,), float("nan")))
+        here = tensor[part.offset : part.offset + part.view.numel()]
+        both = ~here.isnan()
+        if not torch.allclose(here[both], part.view[both], rtol=SAME_COPY, atol=0.0):
+            whole.torn.add(part.name)
+        here.copy_(part.view)
+    return whole
 
 
 def _gather_steps(steps: list[StepTrace], groups: Groups) -> list[StepTrace]:
@@ -203,6 +197,7 @@ def _steps(run: RunConfig) -> int:
 def main(directory: Path) -> int:
     """Run a rank and leave its error, if there is one, where the launcher looks for it. Returns the exit code."""
     logging.disable(logging.WARNING)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what DeepSpeed prints goes to the log, not across the bar
     torch.set_num_threads(1)  # tensors are small: more threads only wait for each other
     try:
         run_rank(directory)

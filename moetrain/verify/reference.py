@@ -15,7 +15,7 @@ from moetrain.model.gpt import GPT
 from moetrain.model.objective import Objective
 from moetrain.parallel.seeds import derive_seed
 from moetrain.verify.shrink import Split
-from moetrain.verify.trace import AuxLosses, StepTrace, Trace
+from moetrain.verify.trace import AuxLosses, StepTrace, Trace, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,12 @@ def train_plainly(plain: Plain, run: RunConfig, *, batches: Batches, split: Spli
         split: into how many passes a batch is divided.
     """
     masters = plain.masters
-    start = {f"{name}/fp32": master.detach().clone().flatten() for name, master in masters.items()}
+    after = {0: Whole(tensors={f"{name}/fp32": master.detach().clone().flatten() for name, master in masters.items()})}
     traces, gradient = [], {}
     with AuxLosses(plain.gpt) as aux:
         for step in range(steps):
-            language = _add_up_gradients(plain, torch.from_numpy(batches.at(step)), split=split,
-                                         seeds=[derive_seed(run.seed, step, rank) for rank in range(split.ranks)])  # fmt: skip
+            seeds = [derive_seed(run.seed, step, rank) for rank in range(split.ranks)]
+            language = _add_up_gradients(plain, torch.from_numpy(batches.at(step)), split=split, seeds=seeds)
             if step == 0:
                 gradient = {name: _gradient(master).clone().flatten() for name, master in masters.items()}
             norm = nn.utils.clip_grad_norm_(masters.values(), run.optim.clip or float("inf")).item()
@@ -71,7 +71,9 @@ def train_plainly(plain: Plain, run: RunConfig, *, batches: Batches, split: Spli
                 for name, weight in plain.gpt.named_parameters():
                     weight.copy_(masters[name])
             traces.append(StepTrace(language=language, aux=aux.take(), norms=[norm]))
-    return Trace(steps=traces, start=start, gradient=gradient, end=_end(plain))
+            if step + 1 in (1, steps):
+                after[step + 1] = _snapshot(plain)
+    return Trace(steps=traces, gradient=Whole(tensors=gradient), after=after)
 
 
 def _add_up_gradients(plain: Plain, rows_BS: Tensor, *, split: Split, seeds: list[int]) -> float:
@@ -110,11 +112,12 @@ def _adamw(masters: dict[str, nn.Parameter], *, optim: OptimConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False)
 
 
-def _end(plain: Plain) -> dict[str, Tensor]:
-    end = {f"{name}/state": tensor.flatten() for name, tensor in plain.gpt.router_state().items()}
+def _snapshot(plain: Plain) -> Whole:
+    tensors = {f"{name}/state": tensor.clone().flatten() for name, tensor in plain.gpt.router_state().items()}
     for name, master in plain.masters.items():
-        end[f"{name}/fp32"] = master.detach().flatten()
+        tensors[f"{name}/fp32"] = master.detach().clone().flatten()
+        state = plain.adamw.state[master]
         for moment in ("exp_avg", "exp_avg_sq"):
-            state = plain.adamw.state[master]
-            end[f"{name}/{moment}"] = state[moment].flatten() if state else torch.zeros_like(master).flatten()
-    return end
+            # a weight without a gradient has no state: its moments are 0
+            tensors[f"{name}/{moment}"] = (state[moment].clone() if state else torch.zeros_like(master)).flatten()
+    return Whole(tensors={name: tensor.detach() for name, tensor in tensors.items()})

@@ -80,7 +80,7 @@ def shrink(run: RunConfig, *, layouts: Sequence[Layout], steps: int) -> Shrunk:
         run,
         model=model,
         batch=replace(batch, global_batch=global_batch(layouts), micro_batch=None, sequence_length=length),
-        optim=replace(optim, lr=0.01, eps=max(optim.eps, 1e-5), clip=min(optim.clip, 0.1)),
+        optim=replace(optim, lr=0.01, eps=max(optim.eps, 1e-3), clip=min(optim.clip, 0.1)),
         schedule=replace(run.schedule, kind="constant", steps=steps, tokens=None, warmup_steps=0, warmup_tokens=None,
                          decay_steps=None, decay_tokens=None),
         launch=replace(run.launch, kind="local", processes=1, timeout_seconds=120),
@@ -141,9 +141,9 @@ def split_of(run: RunConfig, layout: Layout) -> Split:
     A run without any ``dependences`` is held against the whole batch in one pass. In bf16 the split is always the
     layout's: a matrix product rounds by its shape, and the bounds would have to allow for that too.
     """
-    if layout.dtype == "bf16":
-        return _each_rank(layout)
     splits = [dependence.split(layout) for dependence in dependences(run)]
+    if layout.dtype == "bf16":
+        splits.append(_each_pass(layout))
     return Split(
         accumulation=max((split.accumulation for split in splits), default=1),
         ranks=max((split.ranks for split in splits), default=1),

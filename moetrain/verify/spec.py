@@ -22,7 +22,7 @@ parameters, and what training left (weights, both moments, routers' state)."""
 
 BOUNDS = {
     "fp32": {"loss": 2e-6, "aux": 5e-6, "norm": 5e-6, "dense": 2e-5, "router": 2e-5, "expert": 2e-5, "params": 5e-5},
-    "bf16": {"loss": 5e-3, "aux": 5e-3, "norm": 2e-2, "dense": 5e-2, "router": 5e-2, "expert": 5e-2, "params": 5e-2},
+    "bf16": {"loss": 1e-2, "aux": 5e-2, "norm": 1e-1, "dense": 5e-2, "router": 5e-2, "expert": 5e-2, "params": 1e-1},
 }
 """Largest relative error that passes."""
 

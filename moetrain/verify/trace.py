@@ -25,22 +25,32 @@ class StepTrace:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Tensors of all ranks put together.
+
+    Attributes:
+        tensors: whole, flat, float32, by global name; NaN where no rank holds a part.
+        torn: names of which two ranks hold different copies.
+    """
+
+    tensors: dict[str, Tensor]
+    torn: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A run of a few steps. Tensors are whole, flat, float32, by global name.
+    """A run of a few steps.
 
     Attributes:
         steps: one after the other.
-        start: ``PARAMETER/fp32`` before the first step.
         gradient: ``PARAMETER`` -> its gradient in the first step, before clipping.
-        end: ``PARAMETER/fp32``, ``/exp_avg``, ``/exp_avg_sq`` and ``NAME/state`` after the last step.
-        torn: names of which two ranks held different copies.
+        after: step -> ``PARAMETER/fp32``, ``/exp_avg``, ``/exp_avg_sq`` and ``NAME/state``. Step 0 is the start (with
+            ``/fp32`` alone), then come the first and the last.
     """
 
     steps: list[StepTrace]
-    start: dict[str, Tensor]
-    gradient: dict[str, Tensor]
-    end: dict[str, Tensor]
-    torn: set[str] = field(default_factory=set)
+    gradient: Whole
+    after: dict[int, Whole]
 
 
 class AuxLosses:
