@@ -151,11 +151,9 @@ def _opening(shrunk: Shrunk, *, run: RunConfig, steps: int) -> str:
     """What is compared, and what had to be changed for it."""
     changed = ", ".join(f"{name} {_short(old)} -> {_short(new)}" for name, (old, new) in shrunk.changed.items())
     lines = [f"{run.name}, shrunk, {steps} steps against one process: {changed}"]
-    for dependence in shrunk.dependences:
-        lines.append(
-            f"  {dependence.setting} differs between layouts by definition: {dependence.reason}. Each layout is held "
-            "against one process that divides the batch as it does"
-        )
+    lines += [f"  {each.setting} differs between layouts by definition: {each.reason}" for each in shrunk.dependences]
+    if shrunk.dependences:
+        lines.append("  so each layout is held against one process that divides the batch as it does")
     return "\n".join(lines)
 
 
@@ -177,17 +175,13 @@ def _table(results: Sequence[Result]) -> str:
         lines.append(f"{result.layout:<{width}} " + " ".join(f"{cell:>6}" for cell in cells) + f"  {verdict}")
     lines.append("")
     for result in results:
-        if result.difference:
-            first = result.difference
+        first = result.difference
+        if first:
             when = f"after step {first.step}" if first.step else "before the first step"
             lines.append(
                 f"{result.layout}: the first to differ is the {first.what}, {when}: relative error {first.error:.1e}, "
                 f"bound {first.bound:.0e}" + (f"; {first.hint}" if first.hint else "")
             )
-    wrong = sum(result.difference is not None for result in results)
-    lines.append(
-        f"{wrong} of {len(results)} layouts train otherwise than one process"
-        if wrong
-        else f"all {len(results)} layouts train as one process does"
-    )
+    right = sum(result.difference is None for result in results)
+    lines.append(f"{right} of {len(results)} layouts train as one process does")
     return "\n".join(lines)

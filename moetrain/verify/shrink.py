@@ -124,10 +124,9 @@ def dependences(run: RunConfig) -> Iterator[Dependence]:
          "choices are evened out over the tokens of a rank's micro-batch"),
         (moe.router == "balanced", "router=balanced", _each_rank,
          "the expert follows from a token's place in its micro-batch"),
-        (moe.router == "noisy_top_k" and (moe.importance_weight or moe.load_weight), "router=noisy_top_k losses",
-         _each_rank, "the importance and load losses are taken of each micro-batch"),
-        (moe.router in ("gshard", "noisy_top_k"), f"router={moe.router}", _each_rank,
-         "its random numbers are drawn for each rank and step"),
+        (moe.router == "gshard", "router=gshard", _each_rank, "its random numbers are drawn for each rank and step"),
+        (moe.router == "noisy_top_k", "router=noisy_top_k", _each_rank,
+         "its noise is drawn for each rank and step, and its own losses are taken of each micro-batch"),
         (bool(moe.jitter), f"jitter={moe.jitter}", _each_rank, "its random numbers are drawn for each rank and step"),
     )  # fmt: skip
     for holds, setting, split, reason in table:
