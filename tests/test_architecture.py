@@ -11,13 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetrain"
 
 MAY_IMPORT = {
-    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "verify",
-            "errors"},
+    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "verify", "errors"},
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
-    "verify": {"train", "model", "moe", "data", "parallel", "config", "errors"},
+    "verify": {"train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
     "plan": {"config", "parallel.topology", "errors"},

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moetrain.verify.spec import Result
 
 HELP = {
-    "verify": """usage: moetrain verify [key=value …] [layout=NAME,…] [steps=N] [--config-dir DIR]
+    "verify": """usage: moetrain verify [key=value …] [layout=NAME,…] [steps=N] [--config-dir DIR] [--dry-run]
 
 Takes the settings of a run, shrinks its sizes, trains it a few steps on CPU processes under several layouts, and holds
 each against one process that knows neither ranks nor DeepSpeed: losses, gradient norm, the gradient of every weight and
@@ -31,6 +31,7 @@ every expert, weights and moments. Prints a table, and the first tensor that dif
                    experts, ZeRO stage 1, 2 micro-batches; `all`: every combination. Default: your own layout, on at
                    most 4 ranks, and a selection of the rest
   steps=N          optimizer steps to compare, from 1 to 20; default 3
+  --dry-run        say what would be compared, start nothing
 
 exit codes: 0 all layouts train the same, 1 one differs, 2 something to mend (said in one message)
 
@@ -48,7 +49,8 @@ MOST_STEPS = 20
 def verify(words: Sequence[str]) -> int:
     """The verb `verify`."""
     names, steps, rest = _own_words(words)
-    run, _ = settings(Options.read(rest))
+    options = Options.read(rest, flags=("--dry-run",))
+    run, _ = settings(options)
     from moetrain.verify.layouts import chosen
     from moetrain.verify.shrink import shrink
 
@@ -56,6 +58,9 @@ def verify(words: Sequence[str]) -> int:
     shrunk = shrink(run, layouts=layouts, steps=steps)
     _check(shrunk, layouts)
     print(_opening(shrunk, run=run, steps=steps), flush=True)
+    if "--dry-run" in options.flags:
+        print(f"  {len(layouts)} layouts: {', '.join(each.name for each in layouts)}\na dry run: nothing was started")
+        return 0
     results = run_layouts(shrunk.run, layouts=layouts)
     if results is None:
         print("interrupted", file=sys.stderr)

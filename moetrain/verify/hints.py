@@ -97,8 +97,9 @@ def _miscounts(squares: Squares, *, layout: Layout) -> Iterator[tuple[str, float
     each = len(squares.of_expert) // layout.expert_parallel
     if layout.expert_parallel > 1:
         for start in range(0, len(squares.of_expert), each):
-            yield "a rank's own experts are counted, and those of other ranks missed?", dense + sum(
-                squares.of_expert[start : start + each]
+            yield (
+                "a rank's own experts are counted, and those of other ranks missed?",
+                dense + sum(squares.of_expert[start : start + each]),
             )
         yield "experts are averaged over expert_parallel?", dense + experts / layout.expert_parallel
         yield "dense gradients are counted expert_parallel times?", dense * layout.expert_parallel + experts

@@ -53,9 +53,8 @@ def parse(name: str) -> Layout:
     """
     found = _NAME.fullmatch(name)
     if found is None:
-        raise ConfigError(
-            [f"layout '{name}' is none: write [ranksN_]epN_zeroN[_accN][_bf16], e.g. ep2_zero1 or ranks4_ep2_zero2_acc2"]
-        )
+        form = "[ranksN_]epN_zeroN[_accN][_bf16], e.g. ep2_zero1 or ranks4_ep2_zero1_acc2"
+        raise ConfigError([f"layout '{name}' is none: write {form}"])
     ranks, expert_parallel, stage, accumulation, dtype = found.groups()
     layout = Layout(
         ranks=int(ranks or expert_parallel),

@@ -38,11 +38,9 @@ from moetrain.train.loop import Plan, StepResult, TrainState, train
 from moetrain.train.schedule import Schedule
 from moetrain.train.worker import Sizes, build_engine
 from moetrain.verify.compare import Reference, compare
-from moetrain.verify.layouts import Layout
-from moetrain.verify.reference import build, train_plainly
+from moetrain.verify.reference import AuxLosses, StepTrace, Trace, Whole, build, train_plainly
 from moetrain.verify.shrink import TOKENS, Split, lay_out, split_of
 from moetrain.verify.spec import add_result, read_spec
-from moetrain.verify.trace import AuxLosses, StepTrace, Trace, Whole
 
 SAME_COPY = 1e-5
 """Relative difference between two ranks' copies of a number that is still rounding."""
@@ -96,6 +94,7 @@ def _train(run: RunConfig, *, groups: Groups, data: _Data) -> Trace | None:
     """The run through the engine, its traces brought together on rank 0; None on the others."""
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     engine = build_engine(run, groups=groups, sizes=sizes, frequency=lambda: data.frequency_V)
+
     def batch(step: int) -> list[tuple[Tensor, Tensor]]:
         rows = data.batches.rank_slice(step, rank=groups.topology.rank, world_size=groups.topology.world_size,
                                        micro_batch=sizes.micro_batch)  # fmt: skip

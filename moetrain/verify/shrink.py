@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moetrain.config.freeze import flatten, to_dict
-from moetrain.config.routers import TOP_K
+from moetrain.config.routers import NO_SCORES, TOP_K
 from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.verify.layouts import Layout, global_batch
 
@@ -62,13 +62,14 @@ class Shrunk:
 def shrink(run: RunConfig, *, layouts: Sequence[Layout], steps: int) -> Shrunk:
     """A run like the user's, small, for all these layouts.
 
-    Kept are the kinds of everything (router and its settings, norm, activation, positions, tying, shared experts, drops,
-    losses and their scopes) and top_k, weight decay, betas and seed. Smaller are the sizes. Besides:
+    Kept are the kinds of everything (router and its settings, norm, activation, positions, tying, shared experts,
+    drops, losses and their scopes) and top_k, weight decay, betas and seed. Smaller are the sizes. Besides:
 
     - Expert dropout is 0: its masks are drawn for the rows that reach a rank, which are others on every layout.
     - The learning rate is 0.01 from the first step on, so that a wrong update stands out from the weights it changes.
-    - A clip is at most 0.1, so that it takes hold, and Adam's eps at least 1e-5: gradients that are 0 but for rounding
-      (of the keys' biases, as softmax does not see a shift) would else be blown up to whole steps of noise.
+    - A clip is at most 0.1, so that it takes hold, and Adam's eps at least 1e-3, about the size of a gradient then:
+      with a smaller one, gradients that are 0 but for rounding (of the keys' biases, as softmax does not see a shift)
+      would be blown up to whole steps of noise.
     - init_std grows as widths shrink, by the square root, so that signals and scores keep their size.
     """
     model = _model(run.model, layouts=layouts)
@@ -111,10 +112,11 @@ def dependences(run: RunConfig) -> Iterator[Dependence]:
     moe = run.model.moe
     if moe is None:
         return
+    has_balance = moe.router not in NO_SCORES  # with a weight of 0 it is still logged
     table = (
-        (moe.balance_scope == "all_ranks" and moe.balance_weight, "balance_scope=all_ranks", _each_pass,
+        (has_balance and moe.balance_scope == "all_ranks", "balance_scope=all_ranks", _each_pass,
          "the balance loss counts the tokens of a micro-step, so it depends on the accumulation"),
-        (moe.balance_scope == "micro_batch" and moe.balance_weight, "balance_scope=micro_batch", _each_rank,
+        (has_balance and moe.balance_scope == "micro_batch", "balance_scope=micro_batch", _each_rank,
          "the balance loss counts the tokens of one rank's micro-batch"),
         (moe.capacity_factor is not None, f"capacity_factor={moe.capacity_factor}", _each_rank,
          "an expert's room, and so who is dropped, is counted in each micro-batch"),

@@ -1,8 +1,8 @@
 """What passes between the command and its ranks: which layouts to run, and what was found on each. No torch.
 
-    DIR/run.yaml        the shrunk run
-    DIR/layouts.json    names of the layouts of this start, all of the same number of ranks
-    DIR/results.jsonl   a line for each finished layout, from rank 0
+DIR/run.yaml        the shrunk run
+DIR/layouts.json    names of the layouts of this start, all of the same number of ranks
+DIR/results.jsonl   a line for each finished layout, from rank 0
 """
 
 from __future__ import annotations

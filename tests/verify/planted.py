@@ -22,7 +22,7 @@ from moetrain.moe.experts import Experts
 from moetrain.train import worker
 from moetrain.train.engine import Engine
 from moetrain.verify import rank
-from moetrain.verify.trace import AuxLosses
+from moetrain.verify.reference import AuxLosses
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -98,9 +98,7 @@ def initialisation_by_world_size(patch: pytest.MonkeyPatch, run: RunConfig) -> N
     patch.setattr(worker, "initialize", lambda gpt, *, init_std, seed: whole(gpt, init_std=init_std, seed=seed + RANKS))
 
 
-def _on_gradients(
-    patch: pytest.MonkeyPatch, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]
-) -> None:
+def _on_gradients(patch: pytest.MonkeyPatch, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]) -> None:
     whole = worker.build_model
 
     def faulty(*settings: Any, **more: Any) -> nn.Module:

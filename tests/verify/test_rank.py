@@ -2,48 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import moetrain
+from moetrain.cli import verify
+from moetrain.cli.main import main
 from moetrain.cli.options import Options, settings
-from moetrain.cli.verify import run_layouts
 from moetrain.compose import presets
-from moetrain.verify.layouts import chosen
-from moetrain.verify.shrink import shrink
+from moetrain.config.schema import RunConfig
+from moetrain.verify.layouts import Layout
 from moetrain.verify.spec import BOUNDS, COLUMNS, Result
 
 HERE = Path(__file__).parent
 
 
-def results_of(names: list[str], *overrides: str, module: str | None = None) -> dict[str, Result]:
-    """What a verification of these layouts finds."""
-    run, _ = settings(Options.read([*overrides, "launch.processes=2"]))
-    layouts = chosen(names, run=run)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", os.pathsep.join([str(Path(moetrain.__file__).parents[1]), str(HERE)]))
-        environment.setenv("OMP_NUM_THREADS", "1")
-        results = run_layouts(shrink(run, layouts=layouts, steps=3).run, layouts=layouts, module=module)
-    assert results is not None
-    return {result.layout: result for result in results}
+@dataclass(frozen=True)
+class Verified:
+    """What a verification said, and what it found by layout."""
+
+    code: int
+    text: str
+    results: dict[str, Result]
+
+
+def verified(*words: str, module: str | None = None, **environment: str) -> Verified:
+    """Run the verb as a user does; ``module`` is what its ranks are instead."""
+    results: list[Result] = []
+    run_layouts = verify.run_layouts
+
+    def keep(run: RunConfig, *, layouts: list[Layout]) -> list[Result] | None:
+        results.extend(run_layouts(run, layouts=layouts, module=module) or [])
+        return results
+
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+        patch.setattr(verify, "run_layouts", keep)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(moetrain.__file__).parents[1]), str(HERE)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        code = main(["verify", *words])
+    return Verified(code, text.getvalue(), {result.layout: result for result in results})
 
 
 def test_the_layouts_of_the_default_model_train_as_one_process_does():
     names = ["ep2_zero1", "ep1_zero1_acc2", "ranks2_ep1_zero2", "ep2_zero0_acc2", "ep2_zero2_acc2"]
-    results = results_of(names)
-    assert list(results) == names, "in the order asked for"
-    for result in results.values():
+    done = verified(f"layout={','.join(names)}")
+    assert list(done.results) == names, "in the order asked for"
+    for result in done.results.values():
         assert result.difference is None, result
         assert result.errors.keys() == set(COLUMNS)
         # other layouts round otherwise; no error at all would mean that nothing was compared
         assert 0 < result.errors["params"] < BOUNDS["fp32"]["params"]
+    assert done.code == 0
+    assert done.text.endswith("\n5 of 5 layouts train as one process does\n")
+    assert "verify 5/5 layouts" in done.text
 
 
 FAULTS = {
     "expert_gradient_times_expert_parallel": ("ep2_zero1", 1,
-        "gradient of blocks.0.feed_forward.experts.w_in, expert 0", "2.00 times too large: multiplied by expert_parallel"),
+        "gradient of blocks.0.feed_forward.experts.w_in, expert 0",
+        "2.00 times too large: multiplied by expert_parallel"),
     "norm_without_remote_experts": ("ep2_zero0", 1, "gradient norm",
         "a rank's own experts are counted, and those of other ranks missed"),
     "none": ("ep2_zero0_acc2", None, "", ""),
@@ -60,17 +85,16 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def faulty() -> dict[str, Result]:
+def faulty() -> Verified:
     """One start of processes for all the faults, each in a layout of its own."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PLANTED_FAULTS", ",".join(FAULTS))
-        return results_of([layout for layout, *_ in FAULTS.values()], module="planted")
+    names = ",".join(layout for layout, *_ in FAULTS.values())
+    return verified(f"layout={names}", module="planted", PLANTED_FAULTS=",".join(FAULTS))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_told_with_its_place(faulty, fault):
     layout, step, what, hint = FAULTS[fault]
-    difference = faulty[layout].difference
+    difference = faulty.results[layout].difference
     if fault == "none":
         assert difference is None
         return
@@ -78,6 +102,14 @@ def test_a_planted_fault_is_told_with_its_place(faulty, fault):
     assert difference.what.startswith(what), difference
     assert difference.step == step, difference
     assert hint in difference.hint, difference
+    assert difference.error > 100 * difference.bound, "no fault is near a bound"
+
+
+def test_a_difference_is_exit_code_1_and_a_line_each(faulty):
+    assert faulty.code == 1
+    assert faulty.text.count("DIFFERS") == len(FAULTS) - 1
+    assert "ep2_zero0: the first to differ is the gradient norm, after step 1: relative error " in faulty.text
+    assert faulty.text.endswith(f"\n1 of {len(FAULTS)} layouts train as one process does\n")
 
 
 @pytest.mark.slow
@@ -85,7 +117,6 @@ def test_a_planted_fault_is_told_with_its_place(faulty, fault):
 def test_every_preset_shrunk_trains_as_one_process_does(preset):
     run, _ = settings(Options.read([f"model={preset}"]))
     name = "ranks2_ep1_zero2_acc2" if run.model.moe is None else "ep2_zero2_acc2"
-    results = results_of([name], f"model={preset}")
-    assert len(results) == (2 if run.model.dtype == "bf16" else 1)
-    for result in results.values():
-        assert result.difference is None, result
+    done = verified(f"model={preset}", f"layout={name}")
+    assert len(done.results) == (2 if run.model.dtype == "bf16" else 1)
+    assert done.code == 0, done.text
