@@ -62,14 +62,11 @@ def verify(words: Sequence[str]) -> int:
         print(f"  {len(layouts)} layouts: {', '.join(each.name for each in layouts)}\na dry run: nothing was started")
         return 0
     results = run_layouts(shrunk.run, layouts=layouts)
-    if results is None:
-        print("interrupted", file=sys.stderr)
-        return 130
     print(_table(results))
     return DIFFERS if any(result.difference for result in results) else 0
 
 
-def run_layouts(run: RunConfig, *, layouts: Sequence[Layout], module: str | None = None) -> list[Result] | None:
+def run_layouts(run: RunConfig, *, layouts: Sequence[Layout], module: str | None = None) -> list[Result]:
     """Train the shrunk run on each layout and hold it against one process.
 
     Args:
@@ -77,31 +74,29 @@ def run_layouts(run: RunConfig, *, layouts: Sequence[Layout], module: str | None
         module: what each rank runs, with a directory as its argument; None: ``moetrain.verify.rank``.
 
     Returns:
-        What was found on each, in the order asked for; None: stopped on request.
+        What was found on each, in the order asked for.
 
     Raises:
         LaunchError: a rank failed; its log stays.
+        KeyboardInterrupt: stopped on request.
     """
     from moetrain.metrics.console import WorkBar
 
     place = Path(tempfile.mkdtemp(prefix="moetrain-verify-"))
     results: list[Result] = []
+    in_order = sorted(layouts, key=lambda each: each.ranks)
     with WorkBar("verify", total=len(layouts), unit="layouts") as bar:
-        for ranks, some in itertools.groupby(sorted(layouts, key=lambda each: each.ranks), key=lambda each: each.ranks):
-            found = _start(place / f"ranks{ranks}", run, layouts=list(some), module=module, bar=bar, done=len(results))
-            if found is None:
-                break
-            results += found
+        for ranks, some in itertools.groupby(in_order, key=lambda each: each.ranks):
+            results += _start(place / f"ranks{ranks}", run, layouts=list(some), module=module, bar=bar,
+                              done=len(results))  # fmt: skip
     shutil.rmtree(place, ignore_errors=True)
-    if len(results) < len(layouts):
-        return None
     by_name = {result.layout: result for result in results}
     return [by_name[layout.name] for layout in layouts]
 
 
 def _start(
     place: Path, run: RunConfig, *, layouts: list[Layout], module: str | None, bar: WorkBar, done: int
-) -> list[Result] | None:
+) -> list[Result]:
     """One start of processes, for the layouts of one number of ranks."""
     from moetrain.launch.local import run_local
     from moetrain.verify.spec import read_results, write_spec
@@ -114,7 +109,8 @@ def _start(
         bar.advance_to(done + len(read_results(place)), note=f"on {layouts[0].ranks} ranks")
 
     if run_local(place, processes=layouts[0].ranks, command=command, on_cpu=True, on_poll=show).stopped:
-        return None
+        shutil.rmtree(place.parent, ignore_errors=True)
+        raise KeyboardInterrupt
     show()
     found = read_results(place)
     if len(found) < len(layouts):

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import logging
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -51,13 +52,15 @@ def run_rank(directory: Path) -> None:
     spec = read_spec(directory)
     for layout in spec.layouts:
         assert layout.ranks == int(os.environ["WORLD_SIZE"])
-    first = process_groups.start(expert_parallel=1, timeout_seconds=spec.run.launch.timeout_seconds)
+    timeout = timedelta(seconds=spec.run.launch.timeout_seconds)
+    first = process_groups.start(expert_parallel=1, timeout_seconds=timeout.total_seconds())
     data = _Data.of(spec.run)
     references: dict[tuple[str, Split], Reference] = {}
     for layout in spec.layouts:
         run = lay_out(spec.run, layout)
         topology = Topology(world_size=layout.ranks, rank=first.topology.rank, expert_parallel=layout.expert_parallel)
-        found = _train(run, groups=process_groups.make(topology, device=torch.device("cpu")), data=data)
+        groups = process_groups.make(topology, device=first.device, timeout=timeout)
+        found = _train(run, groups=groups, data=data)
         if found is not None:
             key = layout.dtype, split_of(run, layout)
             if key not in references:

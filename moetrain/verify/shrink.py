@@ -84,7 +84,7 @@ def shrink(run: RunConfig, *, layouts: Sequence[Layout], steps: int) -> Shrunk:
         optim=replace(optim, lr=0.01, eps=max(optim.eps, 1e-3), clip=min(optim.clip, 0.1)),
         schedule=replace(run.schedule, kind="constant", steps=steps, tokens=None, warmup_steps=0, warmup_tokens=None,
                          decay_steps=None, decay_tokens=None),
-        launch=replace(run.launch, kind="local", processes=1, timeout_seconds=120),
+        launch=replace(run.launch, kind="local", processes=1, timeout_seconds=300),
     )  # fmt: skip
     before, after = flatten(to_dict(run)), flatten(to_dict(small))
     changed = {

@@ -36,8 +36,8 @@ def verified(*words: str, module: str | None = None, **environment: str) -> Veri
     results: list[Result] = []
     run_layouts = verify.run_layouts
 
-    def keep(run: RunConfig, *, layouts: list[Layout]) -> list[Result] | None:
-        results.extend(run_layouts(run, layouts=layouts, module=module) or [])
+    def keep(run: RunConfig, *, layouts: list[Layout]) -> list[Result]:
+        results.extend(run_layouts(run, layouts=layouts, module=module))
         return results
 
     text = io.StringIO()
@@ -63,6 +63,23 @@ def test_the_layouts_of_the_default_model_train_as_one_process_does():
     assert done.code == 0
     assert done.text.endswith("\n5 of 5 layouts train as one process does\n")
     assert "verify 5/5 layouts" in done.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        # a random choice, and drops that depend on the rank's tokens: one process divides the batch and draws alike
+        ["model.moe.router=gshard", "model.moe.capacity_factor=1.0"],
+        # a bias that no optimizer holds, and shared experts
+        ["model.moe.router=sigmoid_bias", "model.moe.num_shared_experts=1", "model.moe.shared_gate=true"],
+    ],
+    ids=["chance and drops", "bias"],
+)
+def test_what_differs_by_definition_or_is_kept_beside_the_weights_is_compared_too(words):
+    done = verified("layout=ep2_zero1_acc2,ranks2_ep1_zero2", *words)
+    assert done.code == 0, done.text
+    if "gshard" in words[0]:
+        assert "model.moe.router=gshard differs between layouts by definition" in done.text
 
 
 FAULTS = {
