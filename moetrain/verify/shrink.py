@@ -139,8 +139,8 @@ def dependences(run: RunConfig) -> Iterator[Dependence]:
 def split_of(run: RunConfig, layout: Layout) -> Split:
     """How one process must divide the batch to compute what the settings mean on this layout.
 
-    A run without any ``dependences`` is held against the whole batch in one pass. In bf16 the split is always the
-    layout's: a matrix product rounds by its shape, and the bounds would have to allow for that too.
+    A run without any ``dependences`` is held against the whole batch in one pass. In bf16 there are always as many
+    passes as the layout accumulates: each rounds its gradient, and the bounds would have to allow for that too.
     """
     splits = [dependence.split(layout) for dependence in dependences(run)]
     if layout.dtype == "bf16":
