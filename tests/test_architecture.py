@@ -24,6 +24,7 @@ MAY_IMPORT = {
         "archive",
         "checkpoint.store",
         "parallel.lifeline",
+        "verify",
         "errors",
     },
     "compose": {"config", "errors"},
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "report": {"config", "plan", "metrics", "errors"},
     "bench": {"model", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
+    "verify": {"train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
     "archive": {"checkpoint", "model", "metrics", "plan", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
@@ -45,7 +47,8 @@ MAY_IMPORT = {
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "errors", "checkpoint.store",
             "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule", "metrics.log",
-            "metrics.speed", "metrics.console", "bench.settings", "bench.table")  # fmt: skip
+            "metrics.speed", "metrics.console", "bench.settings", "bench.table",
+            "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},

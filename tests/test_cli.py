@@ -137,6 +137,8 @@ class TestHelp:
             if verb in ("train", "prepare"):
                 done = moetrain_in_process("train", *words, *([] if "--dry-run" in words else ["--dry-run"]))
                 assert (done.returncode, done.stderr) == (0, ""), line
+            elif verb == "verify":
+                assert moetrain_in_process(verb, *words, "--dry-run").returncode == 0, line
             elif verb == "config":
                 assert moetrain_in_process(verb, *words).returncode == 0, line
             elif verb == "bench":
@@ -149,11 +151,11 @@ class TestWords:
         done = moetrain_in_process("tran")
         assert_told(done, f"there is no verb 'tran': use {', '.join(cli.VERBS)}; see moetrain --help")
 
-    @pytest.mark.parametrize("verb", ["train", "prepare", "config"])
+    @pytest.mark.parametrize("verb", ["train", "prepare", "config", "verify"])
     def test_an_unknown_option_is_told(self, moetrain_in_process, verb):
         assert_told(moetrain_in_process(verb, "--verbose"), "--verbose is not an option: see --help")
 
-    def test_only_train_has_a_dry_run(self, moetrain_in_process):
+    def test_config_has_no_dry_run(self, moetrain_in_process):
         assert_told(moetrain_in_process("config", "--dry-run"), "--dry-run is not an option")
 
     @pytest.mark.parametrize("words", [("--config-dir", "nowhere"), ("--config-dir=nowhere",), ("--config-dir",)])
@@ -182,7 +184,7 @@ class TestWords:
         ["optim.lr=-1", "optim.lr=abc", "model=zzz", "num_experts=4", "x", "optim.lr=1,2", "experiment=null", "~model",
          "model/moe=none model.moe.top_k=1", "launch.processes=0", "name=\udcff="],
     )  # fmt: skip
-    @pytest.mark.parametrize("verb", ["train", "config"])
+    @pytest.mark.parametrize("verb", ["train", "config", "verify"])
     def test_whatever_is_wrong_is_one_message_and_exit_code_2(self, moetrain_in_process, place, verb, word):
         assert_told(moetrain_in_process(verb, *word.split()))
         assert everything(place) == {}
@@ -326,6 +328,43 @@ def flops() -> float:
     layer = 4 * 128 * 128 + 8 * 128 + 2 * 3 * 128 * 256
     per_token = 6 * (4 * layer + 4096 * 128) + 6 * 4 * 256 * 128
     return per_token * 600 * 16 * 256
+
+
+class TestVerify:
+    def test_a_dry_run_says_what_would_be_compared_and_starts_nothing(self, moetrain_in_process, place):
+        done = moetrain_in_process("verify", "--dry-run", "layout=ep2_zero1,ranks4_ep2_zero2_acc2", "layout=ep1_zero1")
+        assert (done.returncode, done.stderr) == (0, "")
+        first, *_, layouts, last = done.stdout.splitlines()
+        assert first.startswith("tiny, shrunk, 3 steps against one process: model.vocab_size 4096 -> 128, ")
+        assert layouts == "  3 layouts: ep2_zero1, ranks4_ep2_zero2_acc2, ep1_zero1"
+        assert last == "a dry run: nothing was started"
+        assert everything(place) == {}
+
+    def test_a_setting_that_differs_by_definition_is_told_with_its_reason(self, moetrain_in_process):
+        done = moetrain_in_process("verify", "--dry-run", "model.moe.capacity_factor=1.5")
+        assert "model.moe.capacity_factor=1.5 differs between layouts by definition: an expert's room" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (("layout=ep2",), "layout 'ep2' is none: write [ranksN_]epN_zeroN[_accN][_bf16], e.g. ep2_zero1"),
+            (("layout=",), "layout '' is none"),
+            (("layout=ranks4_ep3_zero1",), "shares experts among 3 ranks, but that must divide its 4 ranks"),
+            (("layout=ep3_zero1",), "shares experts among 3 ranks, but that must divide model.moe.num_experts, 8"),
+            (("layout=ep2_zero9",), "has ZeRO stage 9, but must have one of 0, 1, 2"),
+            (("layout=ep1_zero0_bf16",), "has ZeRO stage 0 in bf16"),
+            (("layout=ranks64_ep1_zero1",), "has 64 ranks, but must have from 1 to 8"),
+            (("layout=ep1_zero1_acc99",), "accumulates 99 micro-batches"),
+            (("layout=ep2_zero1", "model/moe=none"), "shares experts, but the model is dense: use ep1"),
+            (("steps=0",), "steps is '0', but must be a whole number from 1 to 20"),
+            (("steps=²",), "steps is '²', but must be a whole number"),
+            (("layuot=ep2_zero1",), "'layuot' is not a setting"),
+        ],
+    )
+    def test_what_is_wrong_is_told_before_anything_starts(self, moetrain_in_process, words, told):
+        done = moetrain_in_process("verify", *words)
+        assert_told(done, told)
+        assert done.stdout == ""
 
 
 class TestSample:

@@ -123,7 +123,7 @@ class TestShow:
 
     def test_tensors_on_request(self, checkpoint):
         done = checkpoint("show --tensors")
-        assert "\n50 tensors\n" in done.stdout
+        assert "\n52 tensors\n" in done.stdout
         assert " blocks.0.feed_forward.experts.w_in/exp_avg_sq\n" in done.stdout
         found = json.loads(checkpoint("show --tensors --json").stdout)["tensors"]
         assert found["norm.weight/fp32"] == {"elements": 32, "dtype": "float32", "bytes": 128, "intervals": 1}

@@ -54,8 +54,8 @@ def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
     assert words[0] == "moetrain", f"{page}: no test knows how to run {line!r}"
-    # training and benchmarks have their own tests; here their settings are checked as they stand
-    extra = ["--dry-run"] if words[1] in ("train", "bench") and "--dry-run" not in words else []
+    # what starts processes has its own tests; here its settings are composed and checked as they stand
+    extra = ["--dry-run"] if words[1] in ("train", "verify", "bench") and "--dry-run" not in words else []
     assert main([*words[1:], *extra]) == 0, capsys.readouterr().err
 
 

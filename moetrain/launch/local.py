@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -40,7 +40,13 @@ class Outcome:
 
 
 def run_local(
-    run_dir: Path, *, processes: int, command: list[str] | None = None, grace_seconds: float = 10.0
+    run_dir: Path,
+    *,
+    processes: int,
+    command: list[str] | None = None,
+    on_cpu: bool = False,
+    on_poll: Callable[[], None] = lambda: None,
+    grace_seconds: float = 10.0,
 ) -> Outcome:
     """Start one process per rank, and wait for all of them. Nothing of the run is alive afterwards.
 
@@ -50,6 +56,8 @@ def run_local(
         run_dir: where run.yaml lies and log/ goes.
         processes: ranks to start.
         command: what each rank runs; None: ``python -m moetrain.train.worker RUN_DIR``.
+        on_cpu: hide the GPUs from the ranks.
+        on_poll: called about ten times a second meanwhile.
         grace_seconds: time between SIGTERM and SIGKILL for the others when one rank has failed. A stop on request
             has no such limit: saving may take long, and a second signal ends it.
 
@@ -59,7 +67,7 @@ def run_local(
     """
     if processes < 1:
         raise LaunchError(f"launch.processes is {processes}, but a run needs at least 1")
-    gpus = visible_gpus(os.listdir("/dev"), os.environ)
+    gpus = 0 if on_cpu else visible_gpus(os.listdir("/dev"), os.environ)
     if 0 < gpus < processes:
         raise LaunchError(f"launch.processes is {processes}, but must be at most the {gpus} GPUs to be seen here")
     log_dir = run_dir / "log"
@@ -69,8 +77,8 @@ def run_local(
     workers: list[_Worker] = []
     with _StopRequests() as requests:
         try:
-            _start(workers, command, processes=processes, log_dir=log_dir)
-            never_ready = _watch(workers, requests, grace_seconds=grace_seconds)
+            _start(workers, command, environment=_environment(processes, on_cpu=on_cpu), log_dir=log_dir)
+            never_ready = _watch(workers, requests, on_poll=on_poll, grace_seconds=grace_seconds)
         finally:
             _send(workers, signal.SIGKILL)
             for worker in workers:
@@ -160,13 +168,12 @@ class _StopRequests:
         self.count += 1
 
 
-def _start(workers: list[_Worker], command: list[str], *, processes: int, log_dir: Path) -> None:
-    environment = _environment(processes)
+def _start(workers: list[_Worker], command: list[str], *, environment: dict[str, str], log_dir: Path) -> None:
     # A Ctrl-C goes to every process of the terminal. The workers are to get it once, from us, as SIGTERM; they
     # inherit the mask, and a SIGINT that comes meanwhile waits for us.
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for rank in range(processes):
+        for rank in range(int(environment["WORLD_SIZE"])):
             log = log_dir / f"rank_{rank:05d}.log"
             with log.open("ab") as file:
                 start = file.seek(0, os.SEEK_END)
@@ -184,8 +191,10 @@ def _start(workers: list[_Worker], command: list[str], *, processes: int, log_di
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
-def _environment(processes: int) -> dict[str, str]:
+def _environment(processes: int, *, on_cpu: bool) -> dict[str, str]:
     environment = dict(os.environ)
+    if on_cpu:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     # `python -m` puts the working directory first on the path: a user's own secrets.py would be imported by the ranks
     environment["PYTHONSAFEPATH"] = "1"
     # One pool of threads per rank, or all ranks together ask for more cores than there are.
@@ -209,7 +218,9 @@ def _free_port() -> int:
         return port
 
 
-def _watch(workers: list[_Worker], requests: _StopRequests, *, grace_seconds: float) -> bool:
+def _watch(
+    workers: list[_Worker], requests: _StopRequests, *, on_poll: Callable[[], None], grace_seconds: float
+) -> bool:
     """Wait until all have ended, seeing to it that they do.
 
     Returns:
@@ -231,6 +242,7 @@ def _watch(workers: list[_Worker], requests: _StopRequests, *, grace_seconds: fl
             _send(workers, signal.SIGTERM)
         if requests.count > 1 or (deadline is not None and time.monotonic() > deadline):
             _send(workers, signal.SIGKILL)
+        on_poll()
         time.sleep(_POLL_SECONDS)
 
 

@@ -106,7 +106,12 @@ def run_rank(run_dir: Path) -> bool:
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     prepared = open_prepared(Path(str(run.data.prepared)))
-    engine = _build_engine(run, groups=groups, sizes=sizes, prepared=prepared)
+    engine = build_engine(
+        run,
+        groups=groups,
+        sizes=sizes,
+        frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
+    )
     parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
     state, resumed_from = _restore(parts)
 
@@ -187,18 +192,19 @@ def _train(
         bar.say(f"saved at step {state.step:,}")
 
 
-def _build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, prepared: Prepared) -> Engine:
+def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Callable[[], Tensor]) -> Engine:
+    """The model of a run on this rank, and what trains it.
+
+    Args:
+        frequency: tells how often each token id occurs in the training text, [V]; see ``expert_table``.
+    """
     moe, world_size = run.model.moe, groups.topology.world_size
     gpt = build_model(
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
         all_to_all=groups.two_level,
-        expert_V=expert_table(
-            run.model,
-            seed=run.seed,
-            frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
-        ),
+        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
         recompute=run.parallel.recompute,
     )
     initialize(gpt, init_std=run.model.init_std, seed=run.seed)

@@ -135,6 +135,22 @@ def test_every_rank_is_told_its_place_and_its_threads(
     assert 1024 <= int(told[0]["MASTER_PORT"]) < 65536
 
 
+def test_ranks_on_cpu_see_no_gpu_and_the_launcher_may_look_on_meanwhile(
+    run_dir: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    body = (
+        'assert os.environ["CUDA_VISIBLE_DEVICES"] == ""\n'
+        'assert os.environ["DS_ACCELERATOR"] == "cpu"\n'
+        "ready()\nwhile not (run_dir / 'seen').exists(): time.sleep(0.01)"
+    )
+    # the ranks end only when the launcher has looked on and seen both of them
+    seen = lambda: (run_dir / "seen").touch() if len(list(run_dir.glob("pid_?"))) == 2 else None  # noqa: E731
+    done = run_local(run_dir, processes=2, command=workers(body), on_cpu=True, on_poll=seen)
+    assert done == Outcome(stopped=False)
+
+
 def test_the_users_own_thread_count_wins(run_dir: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     run_local(run_dir, processes=1, command=workers('assert os.environ["OMP_NUM_THREADS"] == "7"'))
