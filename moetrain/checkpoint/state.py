@@ -8,11 +8,15 @@ torch.distributed.checkpoint; any other layout reads the intervals it needs. Nam
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -22,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -74,13 +79,14 @@ def save(
 def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest, group: dist.ProcessGroup) -> Path:
     _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
     partial = store.partial_directory(root, manifest.step)
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
+    # nothing copied ahead: that would open, in a thread whose device is not set, a context on the first GPU
+    writer = dcp.FileSystemWriter(partial, sync_files=True, overwrite=True, per_thread_copy_ahead=0)
+    writer.fs = files = _DigestedFiles()
     state = _by_name(fragments)
     _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
     digests: list[Any] = [None] * dist.get_world_size(group)
-    own = sorted(partial.glob(f"__{dist.get_rank()}_*.distcp"))
-    found = _agree(lambda: [store.digest_file(path) for path in own], group, root)
-    dist.all_gather_object(digests, found, group=group)
+    own = [digest for digest in files.digests if digest.name.startswith(f"__{dist.get_rank()}_")]
+    dist.all_gather_object(digests, own, group=group)
 
     def commit() -> None:
         if dist.get_rank() == 0:
@@ -197,6 +203,50 @@ class _Interval(Tensor):
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
         return self.as_subclass(Tensor)
+
+
+class _DigestedFiles(FileSystem):
+    """Digests what is written on its way to the disk, so that nothing is read again."""
+
+    def __init__(self) -> None:
+        self.digests: list[store.FileDigest] = []
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with Path(path).open(mode) as file, ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
+            stream = _DigestedStream(file, beside)
+            yield stream
+        self.digests.append(store.FileDigest(name=Path(path).name, size=stream.size, sha256=stream.sha256.hexdigest()))
+
+
+class _DigestedStream(io.RawIOBase):
+    """An open file that keeps the digest of what goes through it; torch writes front to back and never seeks."""
+
+    def __init__(self, file: Any, beside: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self._file, self._beside = file, beside
+        self.size, self.sha256 = 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        # both leave Python's lock to the training thread; a small piece is not worth the hand-over
+        digested = self._beside.submit(self.sha256.update, data) if len(data) > 1 << 18 else self.sha256.update(data)
+        try:
+            self._file.write(data)
+        finally:
+            if digested is not None:
+                digested.result()
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
 
 
 class _Reader(dcp.FileSystemReader):

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint.certificate import Certificate
 from moetrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -52,7 +53,23 @@ class Manifest:
     data: dict[str, str]
     """Digests of the token files and the tokenizer."""
     files: list[FileDigest]
+    held_out_loss: float | None = None
+    """Of the evaluation at this very step; None: there was none."""
+    certificate: Certificate | None = None
+    """What a run that goes on from here must find again."""
     format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay; one that any of the three asks for does."""
+
+    keep: int
+    """How many of the newest."""
+    every_steps: int | None = None
+    """Those whose step is a multiple of this; None: none for that reason."""
+    best: int = 0
+    """How many of those with the lowest held-out loss."""
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -109,7 +126,8 @@ def read_manifest(directory: Path) -> Manifest:
         if content["format"] != FORMAT:
             raise ValueError(f"it has format {content['format']}, but this version reads format {FORMAT}")
         files = [FileDigest(**each) for each in content.pop("files")]
-        return Manifest(files=files, **content)
+        certificate = content.pop("certificate", None)
+        return Manifest(files=files, certificate=certificate and Certificate(**certificate), **content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
@@ -148,8 +166,8 @@ def whole_checkpoints(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what crashes left half-written. Called after a save.
+def prune(root: Path, retention: Retention) -> None:
+    """Remove what need not stay, and what crashes left half-written. Called after a save.
 
     Steps beyond the one saved last stay and do not count: the run would have gone on from there, had they not been
     damaged. Counted as newest, they would push out the sound ones.
@@ -159,11 +177,37 @@ def prune(root: Path, *, keep: int) -> None:
     for leftover in root.glob("step_*.partial"):
         if leftover not in whole:
             shutil.rmtree(leftover, ignore_errors=True)
-    for old in whole[: max(0, last_saved + 1 - keep)]:
-        # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
-        pruned = _with_suffix(old, ".pruned.partial")
-        _rename_over(old, pruned)
-        shutil.rmtree(pruned, ignore_errors=True)
+    counted = whole[: last_saved + 1]
+    staying = {*counted[-retention.keep :], *_for_good(counted, retention.every_steps), *_best(counted, retention.best)}
+    for old in counted:
+        if old not in staying:
+            # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
+            pruned = _with_suffix(old, ".pruned.partial")
+            _rename_over(old, pruned)
+            shutil.rmtree(pruned, ignore_errors=True)
+
+
+def _for_good(whole: list[Path], every_steps: int | None) -> list[Path]:
+    return [path for path in whole if every_steps and _step_of(path) % every_steps == 0]
+
+
+def _best(whole: list[Path], count: int) -> list[Path]:
+    if not count:
+        return []
+    losses: dict[Path, float] = {}
+    for path in whole:
+        try:
+            loss = read_manifest(path).held_out_loss
+        except CheckpointError:
+            continue  # damaged; it goes with its age
+        if loss is not None and loss == loss:
+            losses[path] = loss
+    # of two alike the newer: it has seen more
+    return sorted(losses, key=lambda path: (losses[path], -_step_of(path)))[:count]
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.partition(".")[0].removeprefix("step_"))
 
 
 def _saved_at(directory: Path) -> int:

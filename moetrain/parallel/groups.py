@@ -22,6 +22,7 @@ class Groups:
         world: all ranks.
         expert: the ranks it exchanges tokens with; None when it holds every expert.
         control: all ranks, over gloo: small messages between hosts that must not wait for the device.
+        writer: the same ranks and backend again, for the thread that writes checkpoints while the others are in use.
     """
 
     topology: Topology
@@ -29,6 +30,7 @@ class Groups:
     world: dist.ProcessGroup
     expert: dist.ProcessGroup | None
     control: dist.ProcessGroup
+    writer: dist.ProcessGroup
 
 
 def start(*, expert_parallel: int, timeout_seconds: float) -> Groups:
@@ -71,6 +73,7 @@ def make(topology: Topology, *, device: torch.device, timeout: timedelta | None 
         world=world,
         expert=expert,
         control=dist.new_group(backend="gloo", timeout=timeout),
+        writer=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 

@@ -71,11 +71,16 @@ class Plan:
     stop: Callable[[], bool]
 
 
+def step_seed(seed: int, step: int, *, rank: int) -> int:
+    """What the random generators of a rank are seeded with before a step."""
+    return derive_seed(seed, step, rank)
+
+
 def train(engine: Trainable, *, plan: Plan, state: TrainState, rank: int) -> None:
     """Go on from ``state`` to the end of the plan, or until asked to stop."""
     while state.step < plan.steps:
         # generators are a pure function of the step: a resumed run needs no saved state to draw the same numbers
-        torch.manual_seed(derive_seed(plan.seed, state.step, rank))
+        torch.manual_seed(step_seed(plan.seed, state.step, rank=rank))
         batch = plan.batch(state.step)
         losses = [engine.forward_backward(tokens, targets) for tokens, targets in batch]
         lr = plan.schedule.at(state.step)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.checkpoint import store
-from moetrain.checkpoint.store import MANIFEST, Manifest, commit, digest_file, open_partial, prune, verify
+from moetrain.checkpoint.store import MANIFEST, Manifest, Retention, commit, digest_file, open_partial, prune, verify
 from moetrain.errors import CheckpointError
 
 FILES = ("weights_0", "weights_1")
@@ -118,7 +118,7 @@ def test_the_same_step_saved_again_takes_the_place_of_the_first(tmp_path):
     save(tmp_path, 1, content="first")
     save(tmp_path, 1, content="second")
     assert newest(tmp_path) == (1, "weights_0 of step 1 second")
-    prune(tmp_path, keep=1)
+    prune(tmp_path, Retention(keep=1))
     assert names(tmp_path) == ["step_00000001"]
 
 
@@ -187,7 +187,7 @@ def test_the_newest_stay(tmp_path, keep, left):
     for step in range(1, 6):
         save(tmp_path, step)
     open_partial(tmp_path, 6)
-    prune(tmp_path, keep=keep)
+    prune(tmp_path, Retention(keep=keep))
     assert names(tmp_path) == [f"step_{step:08d}" for step in left]
     assert [verify(path).step for path in store.whole_checkpoints(tmp_path)] == left
 
@@ -196,7 +196,7 @@ def test_what_is_not_ours_stays(tmp_path):
     (tmp_path / "notes.partial").mkdir()
     (tmp_path / "step_by_step.txt").write_text("x")
     save(tmp_path, 1)
-    prune(tmp_path, keep=1)
+    prune(tmp_path, Retention(keep=1))
     assert names(tmp_path) == ["notes.partial", "step_00000001", "step_by_step.txt"]
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_newer_one_does_not_push_out_what_is_saved_after_it(tmp_path, 
     for step in (1, 9):
         os.utime(store.step_directory(tmp_path, step) / MANIFEST, (step, step))
     save(tmp_path, 2)
-    prune(tmp_path, keep=keep)
+    prune(tmp_path, Retention(keep=keep))
     assert newest(tmp_path) == (2, "weights_0 of step 2 ")
     assert len(store.whole_checkpoints(tmp_path)) == keep + 1
 
@@ -249,7 +249,7 @@ def crash_at(call: int) -> Iterator[None]:
 
 def save_and_prune(root: Path, step: int, *, keep: int, content: str = "") -> None:
     save(root, step, content=content)
-    prune(root, keep=keep)
+    prune(root, Retention(keep=keep))
 
 
 @pytest.mark.parametrize("further", [0, 1], ids=["then the same step", "then the next step"])
