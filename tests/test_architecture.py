@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
+    "bench": {"checkpoint", "model", "parallel", "train", "config", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
@@ -28,8 +29,8 @@ MAY_IMPORT = {
     "errors": set(),
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "errors", "checkpoint.store",
-            "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule", "metrics.log",
-            "metrics.speed", "metrics.console")  # fmt: skip
+            "checkpoint.certificate", "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule",
+            "metrics.log", "metrics.speed", "metrics.console")  # fmt: skip
 ONLY_IN = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},
