@@ -23,7 +23,7 @@ ALONE = ["launch.processes=1", "batch.micro_batch=8", "checkpoint.keep=9", "sche
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
     """A run of one process, saved at 5, 10 and 12."""
-    done = run(place, "trained", *ALONE, "checkpoint.keep_best=1")
+    done = run(place, "trained", *ALONE, "checkpoint.keep_best=1", "evaluate.every_steps=10")
     assert done.returncode == 0, done.stderr
     return place / "runs/trained"
 
@@ -106,7 +106,10 @@ def test_the_certificate_holds_on_another_layout(place, trained):
 def test_a_checkpoint_knows_the_held_out_loss_of_its_step_alone(trained):
     manifests = {m.step: m for m in map(store.read_manifest, store.whole_checkpoints(trained / "checkpoints"))}
     assert sorted(manifests) == [5, 10, 12]
-    assert [manifests[step].held_out_loss for step in (5, 10, 12)] == [None, None, None], "evaluated at 8"
+    evaluated = [line for line in metrics(trained.parent.parent, "trained") if "held_out_loss" in line]
+    assert (manifests[5].held_out_loss, manifests[12].held_out_loss) == (None, None)
+    assert manifests[10].held_out_loss == evaluated[0]["held_out_loss"]
+    assert evaluated[0]["step"] == 10
 
 
 @pytest.mark.parametrize("how", ["go_on", "stop"])

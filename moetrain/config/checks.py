@@ -279,6 +279,12 @@ def _retention(run: RunConfig) -> Iterator[str]:
             f"checkpoint.keep_best is {run.checkpoint.keep_best}, but evaluate.every_steps is null: no checkpoint "
             f"would have a held-out loss; set evaluate.every_steps={saves or 100}, or checkpoint.keep_best=0"
         )
+    elif run.checkpoint.keep_best and saves and evaluations and saves % evaluations and evaluations % saves:
+        yield (
+            f"checkpoint.keep_best is {run.checkpoint.keep_best}, but evaluate.every_steps, {evaluations}, and "
+            f"checkpoint.every_steps, {saves}, are no multiples of each other, and a checkpoint has a held-out loss "
+            f"only where it was evaluated: set evaluate.every_steps={saves}, or checkpoint.keep_best=0"
+        )
     every = run.checkpoint.keep_every_steps
     if every and saves and every % saves:
         yield (
