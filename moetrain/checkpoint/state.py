@@ -28,7 +28,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.futures import Future
 
 from moetrain.checkpoint import store
 from moetrain.errors import CheckpointError
@@ -202,7 +210,18 @@ class _Interval(Tensor):
         return [self._chunk()]
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self.as_subclass(Tensor)
+        return _on_storage_of_its_own(self.as_subclass(Tensor))
+
+
+def _on_storage_of_its_own(view: Tensor) -> Tensor:
+    """The same memory, as a tensor that ends where its storage does.
+
+    torch.save writes whole storages, and so torch.distributed.checkpoint makes copies of views into longer ones, all of
+    them at once: as much memory again as the state.
+    """
+    if not view.is_cpu:
+        return view
+    return torch.from_numpy(view.view(torch.uint8).numpy()).view(view.dtype)
 
 
 class _DigestedFiles(FileSystem):
@@ -250,12 +269,82 @@ class _DigestedStream(io.RawIOBase):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the index through an unpickler that can build the index's own classes and nothing else."""
+    """Reads the index through an unpickler that can build the index's own classes and nothing else, and values straight
+    into their place: the interval that is asked for and no more, and nothing of a tensor is unpickled."""
+
+    _index: Metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         raw = (Path(self.path) / ".metadata").read_bytes()
         metadata: Metadata = _IndexUnpickler(io.BytesIO(raw)).load()
         return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._index = metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with (Path(self.path) / name).open("rb", buffering=0) as file:
+                for item in sorted(items, key=lambda each: self.storage_data[each.storage_index].offset):
+                    target = planner.resolve_tensor(item).detach()
+                    self._read_into(target, file, item)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_into(self, target: Tensor, file: io.FileIO, item: ReadItem) -> None:
+        saved = self._index.state_dict_metadata[item.storage_index.fqn]
+        dtype = saved.properties.dtype
+        is_in_place = target.is_cpu and target.is_contiguous() and target.dtype == dtype
+        values = target if is_in_place else torch.empty(target.shape, dtype=dtype)
+        place = self.storage_data[item.storage_index]
+        # what torch.save wrote is a zip archive whose values lie in it uncompressed, in one piece
+        archive = torch._C.PyTorchFileReader(_Window(file, place.offset, place.length))
+        begin = archive.get_record_offset("data/0") + item.storage_offsets[0] * dtype.itemsize
+        if begin + values.nbytes > place.length:
+            raise ValueError(f"{file.name} ends before {item.storage_index.fqn} does")
+        file.seek(place.offset + begin)
+        rest = memoryview(values.view(torch.uint8).numpy())
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise ValueError(f"{file.name} ends before {item.storage_index.fqn} does")
+            rest = rest[count:]
+        if values is not target:
+            target.copy_(values)
+
+
+class _Window(io.RawIOBase):
+    """Part of a file, read as if it were all of one."""
+
+    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
+        super().__init__()
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = min(max(0, base + offset), self._length)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: self._length - self._at]) or 0
+        self._at += count
+        return count
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
 
 
 class _IndexUnpickler(pickle.Unpickler):
