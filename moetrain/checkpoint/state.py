@@ -8,15 +8,11 @@ torch.distributed.checkpoint; any other layout reads the intervals it needs. Nam
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
-import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -26,7 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -39,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.futures import Future
 
 from moetrain.checkpoint import store
+from moetrain.checkpoint.files import DigestedFiles, on_storage_of_its_own, read_values
 from moetrain.errors import CheckpointError
 
 
@@ -89,7 +85,7 @@ def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest
     partial = store.partial_directory(root, manifest.step)
     # nothing copied ahead: that would open, in a thread whose device is not set, a context on the first GPU
     writer = dcp.FileSystemWriter(partial, sync_files=True, overwrite=True, per_thread_copy_ahead=0)
-    writer.fs = files = _DigestedFiles()
+    writer.fs = files = DigestedFiles()
     state = _by_name(fragments)
     _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
     digests: list[Any] = [None] * dist.get_world_size(group)
@@ -210,62 +206,7 @@ class _Interval(Tensor):
         return [self._chunk()]
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return _on_storage_of_its_own(self.as_subclass(Tensor))
-
-
-def _on_storage_of_its_own(view: Tensor) -> Tensor:
-    """The same memory, as a tensor that ends where its storage does.
-
-    torch.save writes whole storages, and so torch.distributed.checkpoint makes copies of views into longer ones, all of
-    them at once: as much memory again as the state.
-    """
-    if not view.is_cpu:
-        return view
-    return torch.from_numpy(view.view(torch.uint8).numpy()).view(view.dtype)
-
-
-class _DigestedFiles(FileSystem):
-    """Digests what is written on its way to the disk, so that nothing is read again."""
-
-    def __init__(self) -> None:
-        self.digests: list[store.FileDigest] = []
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with Path(path).open(mode) as file, ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
-            stream = _DigestedStream(file, beside)
-            yield stream
-        self.digests.append(store.FileDigest(name=Path(path).name, size=stream.size, sha256=stream.sha256.hexdigest()))
-
-
-class _DigestedStream(io.RawIOBase):
-    """An open file that keeps the digest of what goes through it; torch writes front to back and never seeks."""
-
-    def __init__(self, file: Any, beside: ThreadPoolExecutor) -> None:
-        super().__init__()
-        self._file, self._beside = file, beside
-        self.size, self.sha256 = 0, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        # both leave Python's lock to the training thread; a small piece is not worth the hand-over
-        digested = self._beside.submit(self.sha256.update, data) if len(data) > 1 << 18 else self.sha256.update(data)
-        try:
-            self._file.write(data)
-        finally:
-            if digested is not None:
-                digested.result()
-        self.size += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def fileno(self) -> int:
-        return int(self._file.fileno())
+        return on_storage_of_its_own(self.as_subclass(Tensor))
 
 
 class _Reader(dcp.FileSystemReader):
@@ -291,60 +232,16 @@ class _Reader(dcp.FileSystemReader):
             with (Path(self.path) / name).open("rb", buffering=0) as file:
                 for item in sorted(items, key=lambda each: self.storage_data[each.storage_index].offset):
                     target = planner.resolve_tensor(item).detach()
-                    self._read_into(target, file, item)
+                    saved = self._index.state_dict_metadata[item.storage_index.fqn]
+                    place = self.storage_data[item.storage_index]
+                    read_values(
+                        file, target, archive=(place.offset, place.length), first=item.storage_offsets[0],
+                        dtype=saved.properties.dtype,
+                    )  # fmt: skip
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _read_into(self, target: Tensor, file: io.FileIO, item: ReadItem) -> None:
-        saved = self._index.state_dict_metadata[item.storage_index.fqn]
-        dtype = saved.properties.dtype
-        is_in_place = target.is_cpu and target.is_contiguous() and target.dtype == dtype
-        values = target if is_in_place else torch.empty(target.shape, dtype=dtype)
-        place = self.storage_data[item.storage_index]
-        # what torch.save wrote is a zip archive whose values lie in it uncompressed, in one piece
-        archive = torch._C.PyTorchFileReader(_Window(file, place.offset, place.length))
-        begin = archive.get_record_offset("data/0") + item.storage_offsets[0] * dtype.itemsize
-        if begin + values.nbytes > place.length:
-            raise ValueError(f"{file.name} ends before {item.storage_index.fqn} does")
-        file.seek(place.offset + begin)
-        rest = memoryview(values.view(torch.uint8).numpy())
-        while rest:
-            count = file.readinto(rest)
-            if not count:
-                raise ValueError(f"{file.name} ends before {item.storage_index.fqn} does")
-            rest = rest[count:]
-        if values is not target:
-            target.copy_(values)
-
-
-class _Window(io.RawIOBase):
-    """Part of a file, read as if it were all of one."""
-
-    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
-        super().__init__()
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = min(max(0, base + offset), self._length)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(memoryview(buffer)[: self._length - self._at]) or 0
-        self._at += count
-        return count
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -167,35 +167,47 @@ def whole_checkpoints(root: Path) -> list[Path]:
 
 
 def prune(root: Path, retention: Retention) -> None:
-    """Remove what need not stay, and what crashes left half-written. Called after a save.
+    """Remove the checkpoints that ``superfluous`` names, and what crashes left half-written. Called after a save."""
+    for leftover in leftovers(root):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for old in superfluous(root, retention):
+        # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
+        pruned = _with_suffix(old, ".pruned.partial")
+        _rename_over(old, pruned)
+        shutil.rmtree(pruned, ignore_errors=True)
+
+
+def superfluous(root: Path, retention: Retention) -> list[Path]:
+    """The checkpoints that need not stay.
 
     Steps beyond the one saved last stay and do not count: the run would have gone on from there, had they not been
     damaged. Counted as newest, they would push out the sound ones.
     """
     whole = whole_checkpoints(root)
     last_saved = max(range(len(whole)), key=lambda i: (_saved_at(whole[i]), i), default=0)
-    for leftover in root.glob("step_*.partial"):
-        if leftover not in whole:
-            shutil.rmtree(leftover, ignore_errors=True)
     counted = whole[: last_saved + 1]
-    staying = {*counted[-retention.keep :], *_for_good(counted, retention.every_steps), *_best(counted, retention.best)}
-    for old in counted:
-        if old not in staying:
-            # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
-            pruned = _with_suffix(old, ".pruned.partial")
-            _rename_over(old, pruned)
-            shutil.rmtree(pruned, ignore_errors=True)
+    staying = {*counted[-retention.keep :], *_best(counted, retention.best)}
+    if retention.every_steps:
+        staying |= {path for path in counted if step_of(path) % retention.every_steps == 0}
+    return [path for path in counted if path not in staying]
 
 
-def _for_good(whole: list[Path], every_steps: int | None) -> list[Path]:
-    return [path for path in whole if every_steps and _step_of(path) % every_steps == 0]
+def leftovers(root: Path) -> list[Path]:
+    """Directories that a crash left half-written or half-removed, or that a save writes at this moment."""
+    whole = whole_checkpoints(root)
+    return [path for path in sorted(root.glob("step_*.partial")) if path not in whole]
+
+
+def step_of(directory: Path) -> int:
+    """The step in the name of a checkpoint's directory."""
+    match = _NAME.fullmatch(directory.name)
+    assert match is not None, directory
+    return int(match[1])
 
 
 def _best(whole: list[Path], count: int) -> list[Path]:
-    if not count:
-        return []
     losses: dict[Path, float] = {}
-    for path in whole:
+    for path in whole if count else []:
         try:
             loss = read_manifest(path).held_out_loss
         except CheckpointError:
@@ -203,11 +215,7 @@ def _best(whole: list[Path], count: int) -> list[Path]:
         if loss is not None and loss == loss:
             losses[path] = loss
     # of two alike the newer: it has seen more
-    return sorted(losses, key=lambda path: (losses[path], -_step_of(path)))[:count]
-
-
-def _step_of(directory: Path) -> int:
-    return int(directory.name.partition(".")[0].removeprefix("step_"))
+    return sorted(losses, key=lambda path: (losses[path], -step_of(path)))[:count]
 
 
 def _saved_at(directory: Path) -> int:
