@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help train setup test check format lint types bench image clean
+.PHONY: help train setup test check format lint types bench torture image clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ types: $(VENV)/.installed-dev ## mypy --strict on the rooms without torch
 
 bench: $(VENV)/.installed ## time the MoE layer against a dense block and others' layers; ARGS="key=value …"
 	$(BIN)/moetrain bench layer $(ARGS)
+
+torture: $(VENV)/.installed ## kill a small run at random moments, ROUNDS=100 times; hours on a busy machine
+	$(BIN)/python scripts/torture.py --rounds $(or $(ROUNDS),100)
 
 image: ## the container image
 	docker build -f docker/Dockerfile -t moetrain .

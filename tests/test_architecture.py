@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
-    "bench": {"model", "moe", "metrics", "plan", "parallel", "config", "errors"},
+    "bench": {"train", "checkpoint", "model", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "verify": {"train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
     "hub": {"checkpoint", "model", "data", "config", "errors"},
@@ -46,8 +46,8 @@ MAY_IMPORT = {
     "errors": set(),
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "errors", "checkpoint.store",
-            "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule", "metrics.log",
-            "metrics.speed", "metrics.console", "bench.settings", "bench.table",
+            "checkpoint.certificate", "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule",
+            "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {
     "hydra": {"compose"},

@@ -446,7 +446,7 @@ class TestBench:
     @pytest.mark.parametrize(
         ("words", "told"),
         [
-            ((), ["'' is no benchmark: write `moetrain bench layer` or `moetrain bench step`"]),
+            ((), ["'' is no benchmark: write `moetrain bench layer`, `step` or `checkpoint`"]),
             (("layers", "tokens=1"), ["'layers' is no benchmark"]),
             (("layer", "--fast", "token=1", "--json", "no/a.json"),
              ["--fast is not an option: see --help", "--json is 'no/a.json', but must be a file in a directory",

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from moetrain.bench import peers
 from moetrain.bench.settings import LAYER_CONTESTANTS, LayerSettings, shapes, taking_part
-from moetrain.bench.table import MIB, Row
-from moetrain.bench.timing import Contestant, measure, rows_of, runs_of
+from moetrain.bench.timing import MIB, Contestant, Row, measure, rows_of, runs_of
 from moetrain.config.routers import loss_weights
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.build import build_model, initialize

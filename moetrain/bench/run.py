@@ -13,7 +13,7 @@ import torch
 
 from moetrain.bench import layer, step
 from moetrain.bench.settings import PACKAGES, LayerSettings, StepSettings, missing
-from moetrain.bench.table import Report
+from moetrain.bench.timing import Report
 from moetrain.errors import ConfigError
 from moetrain.metrics.console import WorkBar
 from moetrain.parallel.host import keep_freed_memory

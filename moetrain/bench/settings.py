@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moetrain.config.freeze import suggest
@@ -34,7 +35,7 @@ LAYER_CONTESTANTS: dict[str, str | None] = {YARDSTICK: None, "floor": None, "moe
 STEP_CONTESTANTS: dict[str, str | None] = {YARDSTICK: None, "moetrain": None, "moetrain_unobserved": None, **_PEERS}
 """Contestants of ``bench step`` -> the package they need beyond our own."""
 
-_LARGEST = 1 << 24
+_LARGEST = 1 << 34
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,20 @@ class StepSettings:
     """cpu or cuda; auto: cuda where there is one."""
 
 
-Settings = TypeVar("Settings", LayerSettings, StepSettings)
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """What saving and loading cost."""
+
+    parameters: int = 50_000_000
+    """Of the model, about; a checkpoint has twelve bytes for each."""
+    repeats: int = 5
+    """Turns of each contestant; one before them, which takes memory, is not timed."""
+    directory: str = ""
+    """On the disk to be measured. Empty: a temporary one."""
+
+
+AnySettings = LayerSettings | StepSettings | CheckpointSettings
+Settings = TypeVar("Settings", LayerSettings, StepSettings, CheckpointSettings)
 
 
 def read(kind: type[Settings], words: Sequence[str]) -> Settings:
@@ -130,8 +144,12 @@ def shapes(settings: LayerSettings | StepSettings) -> list[tuple[int, int]]:
     return [(experts, top_k) for experts in settings.experts for top_k in settings.top_k if top_k < experts]
 
 
-def plan_text(settings: LayerSettings | StepSettings) -> str:
+def plan_text(settings: AnySettings) -> str:
     """What would be timed."""
+    if isinstance(settings, CheckpointSettings):
+        size = 12 * settings.parameters / 1e9
+        where = settings.directory or "a temporary directory"
+        return f"would save and load {size:,.2f} GB, {settings.repeats} turns, in {where}"
     known = LAYER_CONTESTANTS if isinstance(settings, LayerSettings) else STEP_CONTESTANTS
     pairs = ", ".join(f"{experts} top-{top_k}" for experts, top_k in shapes(settings))
     routing = f", {' and '.join(settings.routing)} routing" if isinstance(settings, LayerSettings) else ""
@@ -174,7 +192,7 @@ def _item(key: str, text: str, *, like: Any, problems: list[str]) -> Any:
         return like
 
 
-def _broken_rules(settings: LayerSettings | StepSettings) -> list[str]:
+def _broken_rules(settings: AnySettings) -> list[str]:
     is_layer = isinstance(settings, LayerSettings)
     choices = {
         "dtype": DTYPES,
@@ -190,6 +208,10 @@ def _broken_rules(settings: LayerSettings | StepSettings) -> list[str]:
                 problems.append(f"{field.name} is '{item}', but must be one of {', '.join(choices[field.name])}")
             elif isinstance(item, int) and not 1 <= item <= _LARGEST:
                 problems.append(f"{field.name} is {item}, but must be from 1 to {_LARGEST:,}")
+    if isinstance(settings, CheckpointSettings):
+        if settings.directory and not Path(settings.directory).is_dir():
+            problems.append(f"directory is '{settings.directory}', but must be a directory that is there")
+        return problems
     return problems or _broken_shapes(settings)
 
 

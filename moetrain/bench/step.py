@@ -24,8 +24,7 @@ import moetrain.moe.layer
 from moetrain.bench import peers
 from moetrain.bench.layer import TORCH_DTYPES, Tick
 from moetrain.bench.settings import STEP_CONTESTANTS, YARDSTICK, StepSettings, shapes, taking_part
-from moetrain.bench.table import MIB, Row
-from moetrain.bench.timing import Contestant, Measured, measure, rows_of, runs_of
+from moetrain.bench.timing import MIB, Contestant, Measured, Row, measure, rows_of, runs_of
 from moetrain.config.routers import loss_weights
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.metrics.load import LoadMeter

@@ -23,9 +23,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.futures import Future
 
 from moetrain.checkpoint import store
+from moetrain.checkpoint.files import DigestedFiles, on_storage_of_its_own, read_values
 from moetrain.errors import CheckpointError
 
 
@@ -74,13 +83,14 @@ def save(
 def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest, group: dist.ProcessGroup) -> Path:
     _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
     partial = store.partial_directory(root, manifest.step)
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
+    # nothing copied ahead: that would open, in a thread whose device is not set, a context on the first GPU
+    writer = dcp.FileSystemWriter(partial, sync_files=True, overwrite=True, per_thread_copy_ahead=0)
+    writer.fs = files = DigestedFiles()
     state = _by_name(fragments)
     _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
     digests: list[Any] = [None] * dist.get_world_size(group)
-    own = sorted(partial.glob(f"__{dist.get_rank()}_*.distcp"))
-    found = _agree(lambda: [store.digest_file(path) for path in own], group, root)
-    dist.all_gather_object(digests, found, group=group)
+    own = [digest for digest in files.digests if digest.name.startswith(f"__{dist.get_rank()}_")]
+    dist.all_gather_object(digests, own, group=group)
 
     def commit() -> None:
         if dist.get_rank() == 0:
@@ -214,11 +224,14 @@ class _Interval(Tensor):
         return [self._chunk()]
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self.as_subclass(Tensor)
+        return on_storage_of_its_own(self.as_subclass(Tensor))
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the index through an unpickler that can build the index's own classes and nothing else."""
+    """Reads the index through an unpickler that can build the index's own classes and nothing else, and values straight
+    into their place: the interval that is asked for and no more, and nothing of a tensor is unpickled."""
+
+    _index: Metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return _unpickle_index(Path(self.path) / ".metadata")
@@ -229,6 +242,29 @@ def _unpickle_index(path: Path) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}, not an index")
     return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._index = metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with (Path(self.path) / name).open("rb", buffering=0) as file:
+                for item in sorted(items, key=lambda each: self.storage_data[each.storage_index].offset):
+                    target = planner.resolve_tensor(item).detach()
+                    saved = self._index.state_dict_metadata[item.storage_index.fqn]
+                    place = self.storage_data[item.storage_index]
+                    read_values(
+                        file, target, archive=(place.offset, place.length), first=item.storage_offsets[0],
+                        dtype=saved.properties.dtype,
+                    )  # fmt: skip
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 class _IndexUnpickler(pickle.Unpickler):

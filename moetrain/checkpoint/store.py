@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint.certificate import Certificate
 from moetrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -54,17 +55,23 @@ class Manifest:
     files: list[FileDigest]
     has_moments: bool = True
     """Whether the optimizer's moments are in it; without them it can be evaluated, not trained from."""
+    held_out_loss: float | None = None
+    """Of the evaluation at this very step; None: there was none."""
+    certificate: Certificate | None = None
+    """What a run that goes on from here must find again."""
     format: int = FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay; one that either asks for does."""
+    """Which checkpoints stay; one that any of the three asks for does."""
 
     keep: int
     """How many of the newest."""
     every_steps: int | None = None
     """Those whose step is a multiple of this; None: none for that reason."""
+    best: int = 0
+    """How many of those with the lowest held-out loss."""
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -121,7 +128,8 @@ def read_manifest(directory: Path) -> Manifest:
         if content["format"] != FORMAT:
             raise ValueError(f"it has format {content['format']}, but this version reads format {FORMAT}")
         files = [FileDigest(**each) for each in content.pop("files")]
-        return Manifest(files=files, **content)
+        certificate = content.pop("certificate", None)
+        return Manifest(files=files, certificate=certificate and Certificate(**certificate), **content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
@@ -197,8 +205,11 @@ def superfluous(root: Path, retention: Retention) -> list[Path]:
     """
     whole = whole_checkpoints(root)
     last_saved = max(range(len(whole)), key=lambda i: (_saved_at(whole[i]), i), default=0)
-    old = whole[: max(0, last_saved + 1 - retention.keep)]
-    return [path for path in old if not (retention.every_steps and step_of(path) % retention.every_steps == 0)]
+    counted = whole[: last_saved + 1]
+    staying = {*counted[-retention.keep :], *_best(counted, retention.best)}
+    if retention.every_steps:
+        staying |= {path for path in counted if step_of(path) % retention.every_steps == 0}
+    return [path for path in counted if path not in staying]
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -212,6 +223,19 @@ def step_of(directory: Path) -> int:
     match = _NAME.fullmatch(directory.name)
     assert match is not None, directory
     return int(match[1])
+
+
+def _best(whole: list[Path], count: int) -> list[Path]:
+    losses: dict[Path, float] = {}
+    for path in whole if count else []:
+        try:
+            loss = read_manifest(path).held_out_loss
+        except CheckpointError:
+            continue  # damaged; it goes with its age
+        if loss is not None and loss == loss:
+            losses[path] = loss
+    # of two alike the newer: it has seen more
+    return sorted(losses, key=lambda path: (losses[path], -step_of(path)))[:count]
 
 
 def _saved_at(directory: Path) -> int:

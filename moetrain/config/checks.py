@@ -24,6 +24,7 @@ CHOICES = {
     "model.dtype": ("fp32", "bf16"),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "launch.kind": ("local",),
+    "checkpoint.on_failure": ("stop", "go_on"),
     "log.wandb": ("auto", "online", "offline", "off"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.recompute": ("none", "selective", "full"),
@@ -36,13 +37,14 @@ POSITIVE = (
     "model.moe.evaluation_capacity_factor", "model.moe.min_capacity", "batch.global_batch", "batch.micro_batch",
     "batch.sequence_length", "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
-    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "evaluate.every_steps",
-    "evaluate.max_sequences", "log.every_steps", "log.dead_after_steps", "log.peak_tflops",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
+    "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.max_sequences", "log.every_steps",
+    "log.dead_after_steps", "log.peak_tflops",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "model.moe.balance_weight", "model.moe.z_weight", "model.moe.importance_weight",
     "model.moe.load_weight", "model.moe.bias_update_rate", "model.moe.num_shared_experts",
-    "optim.weight_decay", "optim.clip", "schedule.warmup_steps", "schedule.warmup_tokens",
+    "optim.weight_decay", "optim.clip", "schedule.warmup_steps", "schedule.warmup_tokens", "checkpoint.keep_best",
 )  # fmt: skip
 
 
@@ -86,7 +88,8 @@ def check(run: RunConfig, flat: dict[str, object]) -> None:
     problems = list(_single_fields(flat))
     # rules across fields divide by numbers: they wait until each number by itself is sound
     if not problems:
-        problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run)]
+        problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run),
+                     *_retention(run)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
 
@@ -279,6 +282,27 @@ def _engine(run: RunConfig) -> Iterator[str]:
         yield (
             "parallel.offload_optimizer is true, but parallel.zero_stage is 0, where the optimizer works on the "
             "model's own weights: use 1, 2 or 3"
+        )
+
+
+def _retention(run: RunConfig) -> Iterator[str]:
+    saves, evaluations = run.checkpoint.every_steps, run.evaluate.every_steps
+    if run.checkpoint.keep_best and evaluations is None:
+        yield (
+            f"checkpoint.keep_best is {run.checkpoint.keep_best}, but evaluate.every_steps is null: no checkpoint "
+            f"would have a held-out loss; set evaluate.every_steps={saves or 100}, or checkpoint.keep_best=0"
+        )
+    elif run.checkpoint.keep_best and saves and evaluations and saves % evaluations and evaluations % saves:
+        yield (
+            f"checkpoint.keep_best is {run.checkpoint.keep_best}, but evaluate.every_steps, {evaluations}, and "
+            f"checkpoint.every_steps, {saves}, are no multiples of each other, and a checkpoint has a held-out loss "
+            f"only where it was evaluated: set evaluate.every_steps={saves}, or checkpoint.keep_best=0"
+        )
+    every = run.checkpoint.keep_every_steps
+    if every and saves and every % saves:
+        yield (
+            f"checkpoint.keep_every_steps is {every}, but must be a multiple of checkpoint.every_steps, {saves}, or "
+            f"few such steps are saved: use {_near(every, saves)}"
         )
 
 

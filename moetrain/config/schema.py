@@ -238,8 +238,25 @@ class CheckpointConfig:
     """Save every n steps; null: not by steps. The last step is always saved."""
     every_minutes: float | None = None
     """Save when this many minutes have passed since the last save; null: not by time."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory; false: training waits for the disk."""
+    on_failure: str = "stop"
+    """When a checkpoint cannot be written: stop, or go_on (warn, train on, try again at the next one). One that fails
+    at the end of the run is an error in either case."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every_steps: int | None = None
+    """Checkpoints whose step is a multiple of this stay for good; null: none."""
+    keep_best: int = 0
+    """How many of those with the lowest held-out loss stay; only a step that was evaluated on the way has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig:
+    """Going on from a checkpoint."""
+
+    trust: bool = False
+    """Go on, with a warning, where the checkpoint's resume certificate does not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +303,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

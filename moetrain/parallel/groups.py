@@ -27,6 +27,7 @@ class Groups:
         expert: the ranks it exchanges tokens with; None when it holds every expert.
         two_level: how it exchanges them by way of its node; None: directly.
         control: all ranks, over gloo: small messages between hosts that must not wait for the device.
+        writer: the same ranks and backend again, for the thread that writes checkpoints while the others are in use.
     """
 
     topology: Topology
@@ -34,6 +35,7 @@ class Groups:
     world: dist.ProcessGroup
     expert: dist.ProcessGroup | None
     control: dist.ProcessGroup
+    writer: dist.ProcessGroup
     two_level: TwoLevel | None = None
 
 
@@ -99,6 +101,7 @@ def make(
         world=world,
         expert=expert,
         control=dist.new_group(backend="gloo", timeout=timeout),
+        writer=dist.new_group(backend="gloo", timeout=timeout),
         two_level=levels,
     )
 

@@ -1,18 +1,29 @@
-"""Held-out loss and the expert load on held-out tokens."""
+"""Held-out loss and the expert load on held-out tokens; what a resume certificate says of the model."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+import platform
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moetrain.data.loader import HeldOutBatch
+from moetrain.checkpoint.certificate import Certificate
+from moetrain.data.corpus import TokenFile
+from moetrain.data.loader import HeldOutBatch, held_out_batches
+from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.model.gpt import GPT
 from moetrain.model.objective import NOT_COUNTED, negative_log_likelihood
+from moetrain.parallel.groups import Groups
+
+PROBE_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
@@ -78,3 +89,129 @@ def evaluate(
         tokens=int(count),
         load=meter.read(group) if meter is not None else None,
     )
+
+
+class Evaluator:
+    """Evaluates a run's model on some or on all of its held-out text. Every rank takes part.
+
+    Args:
+        gpt: the model.
+        held_out: the text.
+        sequence_length: tokens per sequence.
+        micro_batch: sequences per forward pass on one rank.
+        max_sequences: how many are some; None: all.
+        meter: counts the expert load; None for a dense model.
+        groups: this rank's.
+    """
+
+    def __init__(
+        self,
+        gpt: GPT,
+        held_out: TokenFile,
+        *,
+        sequence_length: int,
+        micro_batch: int,
+        max_sequences: int | None,
+        meter: LoadMeter | None,
+        groups: Groups,
+    ) -> None:
+        self._gpt, self._held_out, self._meter, self._groups = gpt, held_out, meter, groups
+        self._length, self._micro_batch, self._max_sequences = sequence_length, micro_batch, max_sequences
+
+    def some_of_it(self) -> Evaluation:
+        """On ``max_sequences``, the same ones every time."""
+        return self._evaluate(self._max_sequences, on_batch=lambda: None)
+
+    def all_of_it(self) -> Evaluation:
+        """On all held-out text, with a progress bar."""
+        topology = self._groups.topology
+        batches = -(-(self._held_out.num_tokens - 1) // (self._length * self._micro_batch * topology.world_size))
+        with WorkBar("evaluate", total=batches, unit="batches", shown=topology.rank == 0) as bar:
+            done = itertools.count(1)
+            return self._evaluate(None, on_batch=lambda: bar.advance_to(next(done)))
+
+    def _evaluate(self, max_sequences: int | None, *, on_batch: Callable[[], None]) -> Evaluation:
+        batches = held_out_batches(
+            self._held_out.tokens,
+            sequence_length=self._length,
+            rank=self._groups.topology.rank,
+            world_size=self._groups.topology.world_size,
+            micro_batch=self._micro_batch,
+            max_sequences=max_sequences,
+        )
+        return evaluate(
+            self._gpt,
+            batches,
+            bytes_per_token=self._held_out.num_bytes / self._held_out.num_tokens,
+            meter=self._meter,
+            device=self._groups.device,
+            group=self._groups.world,
+            on_batch=on_batch,
+        )
+
+
+@torch.no_grad()
+def certify(
+    gpt: GPT,
+    probe: Iterable[HeldOutBatch],
+    *,
+    next_batch: str,
+    next_seed: int,
+    device: torch.device,
+    layout: dict[str, Any],
+) -> Certificate:
+    """Take the resume certificate of the model as it is. Every rank calls it, with the same probe.
+
+    As every rank sees all of the probe, what it finds there depends on no layout, but for rounding, and on the weights
+    of the ranks it exchanges tokens with.
+
+    Args:
+        probe: held-out text that never changes.
+        next_batch: fingerprint of the batch of the next step.
+        next_seed: seed of the first rank's generator before the next step.
+        layout: what the sums inside the model may depend on, beside the machine.
+    """
+    was_training = gpt.training
+    gpt.eval()
+    total, counts = torch.zeros(2, dtype=torch.float64, device=device), None
+    for batch in probe:
+        tokens, targets = (torch.from_numpy(each).to(device) for each in (batch.tokens, batch.targets))
+        summed, loads = negative_log_likelihood(gpt, tokens, targets)
+        total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
+        if loads:
+            now = torch.stack([load.count_E for load in loads])
+            counts = now if counts is None else counts + now
+    gpt.train(was_training)
+    summed_nats, count = total.tolist()
+    # a generator of its own: on all devices the loop seeds, the state follows from the seed as it does in this one
+    state = torch.Generator().manual_seed(next_seed).get_state()
+    return Certificate(
+        next_batch=next_batch,
+        generator=hashlib.sha256(state.numpy().tobytes()).hexdigest(),
+        probe_loss=summed_nats / count,
+        probe_counts=[] if counts is None else counts.tolist(),
+        taken_on=layout
+        | {
+            "device": device.type,
+            "processor": _processor(device),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        },
+    )
+
+
+def probe_batches(held_out: TokenFile, *, sequence_length: int) -> Iterator[HeldOutBatch]:
+    """The probe of a run: a few held-out sequences, one to a batch, so that they fit wherever training does."""
+    return held_out_batches(
+        held_out.tokens, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
+        max_sequences=PROBE_SEQUENCES,
+    )  # fmt: skip
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.errors import TrainingError
+from moetrain.checkpoint.saver import Outcome, Saver
+from moetrain.checkpoint.state import Fragment
+from moetrain.checkpoint.store import Manifest
+from moetrain.errors import CheckpointError, TrainingError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.metrics.speed import Speed
@@ -156,12 +159,18 @@ class EvaluateHook:
     ) -> None:
         self._every, self._steps, self._evaluate, self._clock = every_steps, steps, evaluate, clock
         self._record, self._bar = record, bar
+        self._newest: tuple[int, float] | None = None
+
+    def loss_at(self, step: int) -> float | None:
+        """The held-out loss found at this very step, if there was an evaluation."""
+        return self._newest[1] if self._newest is not None and self._newest[0] == step else None
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if self._every is None or state.step % self._every or state.step == self._steps:
             return
         with self._clock.pause():
             found = self._evaluate()
+        self._newest = (state.step, found.loss)
         self._record(evaluation_fields(found, state=state))
         self._bar.say(
             f"step {state.step:>6,}   held-out loss {found.loss:.4f}   perplexity {found.perplexity:,.1f}   "
@@ -192,6 +201,11 @@ class SaveHook:
     Args:
         flush: writes the pending line of metrics. A line never spans a checkpoint, so that the losses of an
             interrupted and resumed run, put one after the other, are those of an unbroken one.
+        saver: waited for before the next save begins, and by ``finish``.
+        fragments: what to save; asked for at every save.
+        manifest: what the checkpoint says of itself.
+        go_on: when a save fails, warn, train on and try again at the next one; else the failure ends the run.
+        warn: shows a line to the user; does nothing on every rank but the first.
     """
 
     def __init__(
@@ -201,29 +215,74 @@ class SaveHook:
         every_minutes: float | None,
         steps: int,
         flush: Callable[[TrainState], None],
-        save: Callable[[TrainState], None],
+        saver: Saver,
+        fragments: Callable[[], Iterable[Fragment]],
+        manifest: Callable[[TrainState], Manifest],
+        go_on: bool,
+        warn: Callable[[str], None],
         control: dist.ProcessGroup,
         clock: Clock,
     ) -> None:
         self._clock = clock
         self._every_steps, self._every_minutes, self._steps = every_steps, every_minutes, steps
-        self._flush, self._save, self._control = flush, save, control
+        self._flush, self._control, self._go_on, self._warn = flush, control, go_on, warn
+        self._saver, self._fragments, self._manifest = saver, fragments, manifest
         self._last = time.monotonic()
-        self._saved_step = -1
+        self._begun_step = -1
+        self._failure: CheckpointError | None = None
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self._go_on:
+            self._tell(self._saver.poll())
         by_steps = self._every_steps is not None and state.step % self._every_steps == 0
         if by_steps or state.step == self._steps or self._is_time():
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Save now, unless this step is saved already."""
-        if self._saved_step == state.step:
+        """Begin a save, unless that of this step has begun already.
+
+        Raises:
+            CheckpointError: on every rank, when a failure ends the run: of the save before or, where it is known
+                already, of this one.
+        """
+        if self._begun_step == state.step:
             return
         self._flush(state)
         with self._clock.pause():
-            self._save(state)
-        self._saved_step, self._last = state.step, time.monotonic()
+            self._tell(self._saver.wait())
+            self._saver.begin(self._fragments(), manifest=self._manifest(state))
+            if not self._saver.asynchronous:
+                self._tell(self._saver.wait())
+        self._begun_step, self._last = state.step, time.monotonic()
+
+    def finish(self) -> None:
+        """Wait for the save in flight; there is none to come that could make up for it.
+
+        Raises:
+            CheckpointError: on every rank; it failed.
+        """
+        self._go_on = False
+        self._tell(self._saver.wait())
+        if self._failure is not None:
+            raise self._failure
+
+    def settle(self) -> None:
+        """Let the save in flight end, whatever becomes of it: something worse is on its way to the user."""
+        self._saver.wait()
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        for warning in outcome.warnings:
+            self._warn(f"warning: {warning}")
+        self._failure = outcome.failure
+        if self._failure is not None:
+            if not self._go_on:
+                raise self._failure
+            self._warn(
+                f"warning: step {outcome.step:,} is not saved; training goes on, as checkpoint.on_failure says, and "
+                f"the next save is tried: {self._failure}"
+            )
 
     def _is_time(self) -> bool:
         if self._every_minutes is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.model.objective import Losses
@@ -71,11 +74,44 @@ class Plan:
     stop: Callable[[], bool]
 
 
+def step_seed(seed: int, step: int, *, rank: int) -> int:
+    """What the random generators of a rank are seeded with before a step."""
+    return derive_seed(seed, step, rank)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 on any rank, or another reason there, stops all of them after the same step.
+
+    Args:
+        control: all ranks, on a backend that moves host memory.
+    """
+
+    def __init__(self, control: dist.ProcessGroup) -> None:
+        self._control = control
+        self._asked = False
+        self._reasons: list[Callable[[], bool]] = []
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(name, self._remember)
+
+    def also(self, reason: Callable[[], bool]) -> None:
+        """Stop when this is true on any rank, too."""
+        self._reasons.append(reason)
+
+    def __call__(self) -> bool:
+        """Whether to stop now. Every rank must ask after every step."""
+        flag = torch.tensor([int(self._asked or any(reason() for reason in self._reasons))])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flag.item())
+
+    def _remember(self, number: int, frame: types.FrameType | None) -> None:
+        self._asked = True
+
+
 def train(engine: Trainable, *, plan: Plan, state: TrainState, rank: int) -> None:
     """Go on from ``state`` to the end of the plan, or until asked to stop."""
     while state.step < plan.steps:
         # generators are a pure function of the step: a resumed run needs no saved state to draw the same numbers
-        torch.manual_seed(derive_seed(plan.seed, state.step, rank))
+        torch.manual_seed(step_seed(plan.seed, state.step, rank=rank))
         batch = plan.batch(state.step)
         losses = [engine.forward_backward(tokens, targets) for tokens, targets in batch]
         lr = plan.schedule.at(state.step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sys
@@ -21,57 +20,25 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint import resume, store
 from moetrain.checkpoint import state as checkpoint_state
-from moetrain.checkpoint import store
-from moetrain.config.checks import in_steps, steps_in_run
-from moetrain.config.deepspeed import deepspeed_config
-from moetrain.config.freeze import freeze, read_run, to_dict
-from moetrain.config.identity import differences, is_fixed
-from moetrain.config.routers import loss_weights
+from moetrain.checkpoint.certificate import Certificate
+from moetrain.checkpoint.saver import Saver
+from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, open_prepared
-from moetrain.data.loader import Batches, held_out_batches
-from moetrain.errors import CheckpointError, MoetrainError
+from moetrain.data.loader import Batches
+from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
-from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.log import MetricsLog, open_wandb
-from moetrain.metrics.speed import Speed, peak_flops
-from moetrain.model.build import build_model, expert_table, initialize
-from moetrain.model.objective import Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
-from moetrain.plan.flops import flops_per_token
 from moetrain.train.engine import Engine
-from moetrain.train.evaluate import Evaluation, evaluate
-from moetrain.train.guard import StopRequest
+from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
-from moetrain.train.loop import Plan, TrainState, train
-from moetrain.train.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers that several parts need, worked out once from the settings."""
-
-    sequence_length: int
-    micro_batch: int
-    accumulation: int
-    tokens_per_step: int
-    steps: int
-
-    @staticmethod
-    def of(run: RunConfig, *, world_size: int) -> Sizes:
-        length = run.batch.sequence_length or run.model.context
-        tokens_per_step = run.batch.global_batch * length
-        micro_batch = run.batch.micro_batch or run.batch.global_batch // world_size
-        return Sizes(
-            sequence_length=length,
-            micro_batch=micro_batch,
-            accumulation=run.batch.global_batch // (micro_batch * world_size),
-            tokens_per_step=tokens_per_step,
-            steps=steps_in_run(run.schedule, tokens_per_step=tokens_per_step),
-        )
+from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
+from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +97,7 @@ def run_rank(run_dir: Path) -> bool:
             if each is not None:
                 each.write(line)
 
-    evaluator = _Evaluator(parts)
+    evaluator = _evaluator(parts)
     if state.step < sizes.steps:
         with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=parts.is_first) as bar:
             if resumed_from:
@@ -145,15 +112,15 @@ def run_rank(run_dir: Path) -> bool:
 
 
 def _train(
-    parts: Parts, state: TrainState, *, evaluator: _Evaluator, stop: StopRequest, record: Record, bar: WorkBar
+    parts: Parts, state: TrainState, *, evaluator: Evaluator, stop: StopRequest, record: Record, bar: WorkBar
 ) -> None:
     run, groups, sizes = parts.run, parts.groups, parts.sizes
     clock = Clock()
     log = LogHook(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
-        speed=_speed(run, groups=groups, sizes=sizes),
-        meter=_meter(run, groups.device, dead_after=run.log.dead_after_steps),
+        speed=make_speed(run, groups=groups, sizes=sizes),
+        meter=make_meter(run, groups.device, dead_after=run.log.dead_after_steps),
         group=groups.world,
         record=record,
         bar=bar,
@@ -167,18 +134,10 @@ def _train(
         bar=bar,
         clock=clock,
     )
-    save = SaveHook(
-        every_steps=run.checkpoint.every_steps,
-        every_minutes=run.checkpoint.every_minutes,
-        steps=sizes.steps,
-        flush=log.flush,
-        save=_saver(parts, warn=bar.say),
-        control=groups.control,
-        clock=clock,
-    )
+    save = _save_hook(parts, flush=log.flush, loss_at=evaluation.loss_at, stop=stop, bar=bar, clock=clock)
     plan = Plan(
         steps=sizes.steps,
-        schedule=_schedule(run, sizes=sizes),
+        schedule=make_schedule(run, sizes=sizes),
         batch=_batch_reader(parts),
         tokens_per_step=sizes.tokens_per_step,
         seed=run.seed,
@@ -186,45 +145,50 @@ def _train(
         stop=stop,
     )
     log.start(state)
-    train(parts.engine, plan=plan, state=state, rank=groups.topology.rank)
+    try:
+        train(parts.engine, plan=plan, state=state, rank=groups.topology.rank)
+    except MoetrainError:
+        # all ranks have it, and the checkpoint that is being written is the one to go on from
+        save.settle()
+        raise
     if state.step < sizes.steps:
         save.save(state)
+    save.finish()
+    if state.step < sizes.steps:
         bar.say(f"saved at step {state.step:,}")
 
 
-def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Callable[[], Tensor]) -> Engine:
-    """The model of a run on this rank, and what trains it.
-
-    Args:
-        frequency: tells how often each token id occurs in the training text, [V]; see ``expert_table``.
-    """
-    moe, world_size = run.model.moe, groups.topology.world_size
-    gpt = build_model(
-        run.model,
-        local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
-        expert_group=groups.expert,
-        all_to_all=groups.two_level,
-        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
-        recompute=run.parallel.recompute,
+def _save_hook(
+    parts: Parts,
+    *,
+    flush: Callable[[TrainState], None],
+    loss_at: Callable[[int], float | None],
+    stop: StopRequest,
+    bar: WorkBar,
+    clock: Clock,
+) -> SaveHook:
+    given = parts.run.checkpoint
+    saver = Saver(
+        parts.run_dir / "checkpoints",
+        group=parts.groups.writer,
+        retention=store.Retention(keep=given.keep, every_steps=given.keep_every_steps, best=given.keep_best),
+        asynchronous=given.asynchronous,
     )
-    initialize(gpt, init_std=run.model.init_std, seed=run.seed)
-    objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
-    config = deepspeed_config(
-        micro_batch=sizes.micro_batch,
-        accumulation=sizes.accumulation,
-        world_size=world_size,
-        zero_stage=run.parallel.zero_stage,
-        dtype=run.model.dtype,
-        clip=run.optim.clip,
-        offload_optimizer=run.parallel.offload_optimizer,
+    if given.on_failure == "stop":
+        stop.also(saver.has_failed)
+    return SaveHook(
+        every_steps=given.every_steps,
+        every_minutes=given.every_minutes,
+        steps=parts.sizes.steps,
+        flush=flush,
+        saver=saver,
+        fragments=parts.engine.fragments,
+        manifest=lambda now: _manifest(parts, now, held_out_loss=loss_at(now.step)),
+        go_on=given.on_failure == "go_on",
+        warn=bar.say,
+        control=parts.groups.control,
+        clock=clock,
     )
-    optimizer = {
-        "lr": run.optim.lr,
-        "betas": (run.optim.beta1, run.optim.beta2),
-        "eps": run.optim.eps,
-        "weight_decay": run.optim.weight_decay,
-    }
-    return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
 
 
 def _restore(parts: Parts) -> tuple[TrainState, str]:
@@ -233,69 +197,64 @@ def _restore(parts: Parts) -> tuple[TrainState, str]:
     def warn(message: str) -> None:
         print(f"warning: {message}", flush=True)
 
-    # one rank reads and digests for all: they must not come to different answers
-    found: list[Any] = [None, None]
-    if parts.is_first:
-        newest = checkpoint_state.newest_whole(parts.run_dir / "checkpoints", warn=warn)
-        if newest is not None:
-            directory, manifest = newest
-            foreign = _foreign(manifest, parts)
-            found = [(str(directory), manifest.step, manifest.tokens), foreign and f"{directory} {foreign}"]
-    torch.distributed.broadcast_object_list(found, src=0, group=parts.groups.control)
-    if found[1]:
-        raise CheckpointError(f"{found[1]}; set it back, or choose another name=… or run_dir=… for another run")
-    if found[0] is None:
+    run, control = parts.run, parts.groups.control
+    root = parts.run_dir / "checkpoints"
+    found = resume.find(root, run=run, data=parts.prepared.digests(), group=control, warn=warn)
+    if found is None:
         return TrainState(), ""
-    directory, step, tokens = found[0]
-    checkpoint_state.load(Path(directory), parts.engine.fragments(), group=parts.groups.control)
-    parts.engine.loaded(step=step)
-    return TrainState(step=step, tokens=tokens), directory
+    directory, manifest = found
+    checkpoint_state.load(directory, parts.engine.fragments(), group=control)
+    parts.engine.loaded(step=manifest.step)
+    now = _certificate(parts, step=manifest.step)
+    resume.hold_certificate(found, now, group=control, trust=run.resume.trust, warn=warn)
+    return TrainState(step=manifest.step, tokens=manifest.tokens), str(directory)
 
 
-def _foreign(manifest: store.Manifest, parts: Parts) -> str:
-    """Why a checkpoint is not one of this run; empty when it is."""
-    now = parts.prepared.digests()
-    other = [name for name in now if manifest.data.get(name) != now[name]]
-    if other:
-        return f"was trained on other data: {', '.join(other)} has changed since"
-    before = freeze(manifest.run)
-    fixed = {name: values for name, values in differences(before, parts.run).items() if is_fixed(name)}
-    return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in fixed.items())
+def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -> store.Manifest:
+    topology = parts.groups.topology
+    return store.Manifest(
+        step=state.step,
+        tokens=state.tokens,
+        seed=parts.run.seed,
+        world_size=topology.world_size,
+        expert_parallel=topology.expert_parallel,
+        run=to_dict(parts.run),
+        data=parts.prepared.digests(),
+        files=[],
+        held_out_loss=held_out_loss,
+        certificate=_certificate(parts, step=state.step),
+    )
 
 
-def _saver(parts: Parts, *, warn: Callable[[str], None]) -> Callable[[TrainState], None]:
-    root, topology = parts.run_dir / "checkpoints", parts.groups.topology
+def _certificate(parts: Parts, *, step: int) -> Certificate:
+    run = parts.run
+    return certify(
+        parts.engine.gpt,
+        probe_batches(parts.prepared.held_out, sequence_length=parts.sizes.sequence_length),
+        # the first rank vouches for the whole global batch; the others need not read it
+        next_batch=_batches(parts).fingerprint(step) if parts.is_first else "",
+        next_seed=step_seed(run.seed, step, rank=0),
+        device=parts.groups.device,
+        layout={
+            "world_size": parts.groups.topology.world_size,
+            "expert_parallel": run.parallel.expert_parallel,
+            "zero_stage": run.parallel.zero_stage,
+            "dtype": run.model.dtype,
+        },
+    )
 
-    def save(state: TrainState) -> None:
-        manifest = store.Manifest(
-            step=state.step,
-            tokens=state.tokens,
-            seed=parts.run.seed,
-            world_size=topology.world_size,
-            expert_parallel=topology.expert_parallel,
-            run=to_dict(parts.run),
-            data=parts.prepared.digests(),
-            files=[],
-        )
-        checkpoint_state.save(root, parts.engine.fragments(), manifest=manifest, group=parts.groups.control)
-        if parts.is_first:
-            try:
-                store.prune(root, store.Retention(keep=parts.run.checkpoint.keep))
-            except OSError as error:
-                # the new checkpoint is whole: an old one that will not go is no reason to stop
-                warn(f"warning: old checkpoints could not be removed: {error}")
 
-    return save
+def _batches(parts: Parts) -> Batches:
+    return Batches(
+        parts.prepared.train.tokens,
+        sequence_length=parts.sizes.sequence_length,
+        global_batch=parts.run.batch.global_batch,
+        seed=parts.run.seed,
+    )
 
 
 def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
-    topology, batch = parts.groups.topology, parts.run.batch
-    batches = Batches(
-        parts.prepared.train.tokens,
-        sequence_length=parts.sizes.sequence_length,
-        global_batch=batch.global_batch,
-        seed=parts.run.seed,
-    )
+    topology, batches = parts.groups.topology, _batches(parts)
 
     def at(step: int) -> Sequence[tuple[Tensor, Tensor]]:
         rows = batches.rank_slice(
@@ -307,71 +266,15 @@ def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor
     return at
 
 
-class _Evaluator:
-    """Evaluates on some or on all of the held-out text."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._meter = _meter(parts.run, parts.groups.device)
-
-    def some_of_it(self) -> Evaluation:
-        return self._evaluate(self._parts.run.evaluate.max_sequences, on_batch=lambda: None)
-
-    def all_of_it(self) -> Evaluation:
-        sizes = self._parts.sizes
-        per_batch = sizes.sequence_length * sizes.micro_batch * self._parts.groups.topology.world_size
-        batches = -(-(self._parts.prepared.held_out.num_tokens - 1) // per_batch)
-        with WorkBar("evaluate", total=batches, unit="batches", shown=self._parts.is_first) as bar:
-            done = itertools.count(1)
-            return self._evaluate(None, on_batch=lambda: bar.advance_to(next(done)))
-
-    def _evaluate(self, max_sequences: int | None, *, on_batch: Callable[[], None]) -> Evaluation:
-        held_out, groups = self._parts.prepared.held_out, self._parts.groups
-        batches = held_out_batches(
-            held_out.tokens,
-            sequence_length=self._parts.sizes.sequence_length,
-            rank=groups.topology.rank,
-            world_size=groups.topology.world_size,
-            micro_batch=self._parts.sizes.micro_batch,
-            max_sequences=max_sequences,
-        )
-        return evaluate(
-            self._parts.engine.gpt,
-            batches,
-            bytes_per_token=held_out.num_bytes / held_out.num_tokens,
-            meter=self._meter,
-            device=groups.device,
-            group=groups.world,
-            on_batch=on_batch,
-        )
-
-
-def _meter(run: RunConfig, device: torch.device, *, dead_after: int = 1) -> LoadMeter | None:
-    moe, layers = run.model.moe, run.model.num_layers
-    return LoadMeter(layers // moe.every, moe.num_experts, device, dead_after=dead_after) if moe else None
-
-
-def _speed(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Speed:
-    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else None
-    if peak is None and groups.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(groups.device), run.model.dtype)
-    return Speed(
-        flops_per_token(run.model, sequence_length=sizes.sequence_length),
-        peak_flops=peak,
-        world_size=groups.topology.world_size,
-    )
-
-
-def _schedule(run: RunConfig, *, sizes: Sizes) -> Schedule:
-    given, per_step = run.schedule, sizes.tokens_per_step
-    decay = in_steps(given.decay_steps, given.decay_tokens, tokens_per_step=per_step)
-    return Schedule(
-        kind=given.kind,
-        peak=run.optim.lr,
-        steps=sizes.steps,
-        warmup=in_steps(given.warmup_steps, given.warmup_tokens, tokens_per_step=per_step) or 0,
-        decay=sizes.steps // 5 if decay is None else decay,
-        min_ratio=given.min_lr_ratio,
+def _evaluator(parts: Parts) -> Evaluator:
+    return Evaluator(
+        parts.engine.gpt,
+        parts.prepared.held_out,
+        sequence_length=parts.sizes.sequence_length,
+        micro_batch=parts.sizes.micro_batch,
+        max_sequences=parts.run.evaluate.max_sequences,
+        meter=make_meter(parts.run, parts.groups.device),
+        groups=parts.groups,
     )
 
 

@@ -37,7 +37,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.train.engine import Engine
 from moetrain.train.loop import Plan, StepResult, TrainState, train
 from moetrain.train.schedule import Schedule
-from moetrain.train.worker import Sizes, build_engine
+from moetrain.train.setup import Sizes, build_engine
 from moetrain.verify.compare import Reference, compare
 from moetrain.verify.reference import AuxLosses, StepTrace, Trace, Whole, build, train_plainly
 from moetrain.verify.shrink import TOKENS, Split, lay_out, split_of

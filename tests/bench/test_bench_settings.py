@@ -54,7 +54,7 @@ def test_all_words_that_are_wrong_are_told_at_once():
         (LayerSettings, "dtype=fp16", "dtype is 'fp16', but must be one of fp32, bf16"),
         (LayerSettings, "routing=uneven", "routing is 'uneven', but must be one of balanced, skewed"),
         (LayerSettings, "device=tpu", "device is 'tpu', but must be one of auto, cpu, cuda"),
-        (LayerSettings, "repeats=0", "repeats is 0, but must be from 1 to 16,777,216"),
+        (LayerSettings, "repeats=0", "repeats is 0, but must be from 1 to 17,179,869,184"),
         (LayerSettings, "experts=", "'experts' is '', but must be a whole number"),
         (LayerSettings, "top_k=3", "d_ff is 1024, but must be a multiple of top_k, 3"),
         (LayerSettings, "d_model=32", "d_model is 32, but must be at least the number of experts, 64"),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moetrain.bench.table import Report, Row, row_of, text, write_json
+from moetrain.bench.timing import Report, Row, row_of, text, write_json
 
 WHAT = {"dtype": "fp32", "routing": "balanced", "experts": 8, "top_k": 2}
 DENSE = row_of([0.02, 0.01, 0.03], yardstick=[0.02, 0.01, 0.03], peak_bytes=3 << 20, contestant="dense", **WHAT)

@@ -250,7 +250,7 @@ def _faults(rank: int, root: Path) -> dict[str, str]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     for name, owner, function in (
         ("rank 0 cannot begin", 0, "open_partial"),
-        ("rank 1 cannot read back", 1, "digest_file"),
+        ("rank 0 cannot read the index", 0, "digest_file"),
         ("rank 0 cannot commit", 0, "commit"),
     ):
         with pytest.MonkeyPatch.context() as patch:
@@ -279,7 +279,7 @@ def test_a_rank_that_cannot_write_stops_all_ranks_and_leaves_what_was(ranks, tmp
     causes = {
         "rank 1 cannot write on": "(rank 1: OSError: [Errno 27] File too large; ",
         "rank 0 cannot begin": "(rank 0: OSError: [Errno 28] No space left on device; ",
-        "rank 1 cannot read back": "(rank 1: OSError: [Errno 28] No space left on device; ",
+        "rank 0 cannot read the index": "(rank 0: OSError: [Errno 28] No space left on device; ",
         "rank 0 cannot commit": "(rank 0: OSError: [Errno 28] No space left on device; ",
         "a hole": "(rank 0: ",
     }

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.checkpoint import store
+from moetrain.checkpoint.certificate import Certificate
 from moetrain.checkpoint.store import MANIFEST, Manifest, Retention, commit, digest_file, open_partial, prune, verify
 from moetrain.errors import CheckpointError
 
 FILES = ("weights_0", "weights_1")
 
 
-def save(root: Path, step: int, *, content: str = "") -> Path:
+def save(root: Path, step: int, *, content: str = "", held_out_loss: float | None = None) -> Path:
     partial = open_partial(root, step)
     for name in FILES:
         (partial / name).write_text(f"{name} of step {step} {content}")
     files = [digest_file(partial / name) for name in FILES]
-    return commit(root, manifest(step, files=files))
+    return commit(root, replace(manifest(step, files=files), held_out_loss=held_out_loss))
 
 
 def manifest(step: int, *, files: list[store.FileDigest]) -> Manifest:
@@ -190,6 +191,56 @@ def test_the_newest_stay(tmp_path, keep, left):
     prune(tmp_path, Retention(keep=keep))
     assert names(tmp_path) == [f"step_{step:08d}" for step in left]
     assert [verify(path).step for path in store.whole_checkpoints(tmp_path)] == left
+
+
+LOSSES = {1: 3.0, 2: 2.0, 3: None, 4: 1.0, 5: float("nan"), 6: 2.0, 7: 9.0}
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (Retention(keep=1, every_steps=3), [3, 6, 7]),
+        (Retention(keep=2, every_steps=7), [6, 7]),
+        (Retention(keep=1, best=1), [4, 7]),
+        (Retention(keep=1, best=2), [4, 6, 7]),
+        (Retention(keep=1, best=3), [2, 4, 6, 7]),
+        (Retention(keep=1, best=99), [1, 2, 4, 6, 7]),
+        (Retention(keep=2, every_steps=5, best=1), [4, 5, 6, 7]),
+    ],
+    ids=str,
+)
+def test_what_any_of_the_three_rules_asks_for_stays(tmp_path, retention, left):
+    """The newest; every so many steps; the best by held-out loss, of two alike the newer."""
+    for step, loss in LOSSES.items():
+        save(tmp_path, step, held_out_loss=loss)
+    prune(tmp_path, retention)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in left]
+    prune(tmp_path, retention)
+    assert len(names(tmp_path)) == len(left), "what stays, stays"
+
+
+def test_the_best_one_stays_while_others_come_and_one_whose_manifest_is_gone_is_no_best(tmp_path):
+    for step in range(1, 30):
+        save(tmp_path, step, held_out_loss=abs(step - 7.2))
+        prune(tmp_path, Retention(keep=2, best=1))
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (7, 28, 29)]
+    (tmp_path / "step_00000007" / MANIFEST).unlink()
+    prune(tmp_path, Retention(keep=2, best=1))
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (28, 29)]
+
+
+def test_a_certificate_is_read_as_it_was_written(tmp_path):
+    certificate = Certificate(next_batch="a", generator="b", probe_loss=1 / 3, probe_counts=[[1, 2], [3, 0]],
+                              taken_on={"world_size": 2, "dtype": "bf16"})  # fmt: skip
+    open_partial(tmp_path, 1)
+    directory = commit(tmp_path, replace(manifest(1, files=[]), certificate=certificate, held_out_loss=2.5))
+    assert store.read_manifest(directory).certificate == certificate
+    assert store.read_manifest(directory).held_out_loss == 2.5
+    content = json.loads((directory / MANIFEST).read_text())
+    content["certificate"]["probe"] = 1
+    (directory / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        store.read_manifest(directory)
 
 
 def test_what_is_not_ours_stays(tmp_path):

@@ -220,6 +220,27 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         "parallel.offload_optimizer is true, but parallel.zero_stage is 0",
         [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.offload_optimizer": False}],
     ),
+    (
+        {"checkpoint.keep_best": 1, "evaluate.every_steps": None},
+        "checkpoint.keep_best is 1, but evaluate.every_steps is null",
+        [{"evaluate.every_steps": 100}, {"checkpoint.keep_best": 0}],
+    ),
+    (
+        {"checkpoint.keep_best": 2, "evaluate.every_steps": 8, "checkpoint.every_steps": 20},
+        "checkpoint.keep_best is 2, but evaluate.every_steps, 8, and checkpoint.every_steps, 20, are no multiples",
+        [
+            {"evaluate.every_steps": 20},
+            {"evaluate.every_steps": 10},
+            {"evaluate.every_steps": 40},
+            {"checkpoint.keep_best": 0},
+        ],
+    ),
+    (
+        {"checkpoint.keep_every_steps": 250, "checkpoint.every_steps": 100},
+        "checkpoint.keep_every_steps is 250, but must be a multiple of checkpoint.every_steps, 100, or few such steps "
+        "are saved: use 200 or 300",
+        [{"checkpoint.keep_every_steps": 200}, {"checkpoint.keep_every_steps": 300}, {"checkpoint.every_steps": None}],
+    ),
     ({"optim.beta1": 1.0}, "optim.beta1 is 1.0, but must lie in [0, 1)", [{"optim.beta1": 0.0}]),
     ({"optim.beta2": -0.1}, "optim.beta2 is -0.1, but must lie in [0, 1)", [{"optim.beta2": 0.999}]),
     ({"data.held_out": 0.0}, "data.held_out is 0.0, but must lie in (0, 0.5]", [{"data.held_out": 0.5}]),

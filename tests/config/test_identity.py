@@ -30,7 +30,8 @@ def changed(name: str, value: Any) -> RunConfig:
 FREE = {
     "name", "run_dir", "model.dtype", "data.name", "data.prepared", "batch.micro_batch",
     *(name for name in setting_names()
-      if name.startswith(("optim.", "schedule.", "parallel.", "launch.", "checkpoint.", "evaluate.", "log."))),
+      if name.startswith(("optim.", "schedule.", "parallel.", "launch.", "checkpoint.", "resume.", "evaluate.",
+                          "log."))),
 }  # fmt: skip
 
 

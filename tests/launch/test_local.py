@@ -42,7 +42,7 @@ def wait_for(rank):
         time.sleep(0.01)
 """
 
-# What train/guard.py does: the signal is noted, the state saved, and the exit code says so.
+# What a rank does (train/loop.py, StopRequest): the signal is noted, the state saved, and the exit code says so.
 STOPS_ON_REQUEST = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nready()\nsleep_until_killed()"
 IGNORES_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\nsleep_until_killed()"
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint.store import Manifest
+from moetrain.config.checks import CHOICES
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.errors import TrainingError
@@ -261,6 +262,42 @@ def test_a_resumed_engine_goes_on_with_the_biases_that_no_optimizer_holds(ranks,
             assert steps.abs().max() > 1
             # whole steps: in bf16 they would be rounded
             torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+
+
+SHARDED = [Layout(expert_parallel=ep, stage=stage) for ep in (1, 2, 4) for stage in CHOICES["parallel.zero_stage"]]
+
+
+def reshard_rank(rank: int, root: str):
+    """Save on every layout, load each of the saved on each layout: (from, to) -> names of the tensors that differ."""
+    engines, saved = [], []
+    for number, layout in enumerate(SHARDED):
+        engine, groups = make_engine(rank, layout)
+        # each trained on data of its own: no two have equal values
+        run_steps(engine, rank, accumulation=1, first=10 * number, last=10 * number + 1)
+        manifest = Manifest(step=number, tokens=0, seed=1, world_size=4, expert_parallel=layout.expert_parallel, run={},
+                            data={}, files=[])  # fmt: skip
+        checkpoint_state.save(Path(root), engine.fragments(), manifest=manifest, group=groups.control)
+        engines.append((engine, groups))
+        saved.append(whole_tensors(engine))
+    differ = {}
+    for target, (engine, groups) in enumerate(engines):
+        for source, expected in enumerate(saved):
+            checkpoint_state.load(Path(root) / f"step_{source:08d}", engine.fragments(), group=groups.control)
+            engine.loaded(step=1)
+            found = whole_tensors(engine)
+            assert found.keys() == expected.keys()
+            differ[f"{SHARDED[source]} to {SHARDED[target]}"] = [
+                name for name, tensor in expected.items() if not torch.equal(found[name], tensor)
+            ]
+    alike = [name for name, tensor in saved[0].items() if torch.equal(tensor, saved[1][name])]
+    return {"differ": differ, "alike": alike}
+
+
+def test_every_layout_loads_bit_for_bit_what_any_other_saved(ranks, tmp_path):
+    for answer in ranks(4, reshard_rank, str(tmp_path / "checkpoints")):
+        assert len(answer["differ"]) == len(SHARDED) ** 2
+        assert {pair: names for pair, names in answer["differ"].items() if names} == {}
+        assert answer["alike"] == [], "each has values of its own, so a load that does nothing shows"
 
 
 def held_out_loss(engine: Engine, rank: int) -> float:

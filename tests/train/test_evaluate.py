@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -13,7 +14,11 @@ from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.data.loader import held_out_batches
 from moetrain.metrics.load import LoadMeter
 from moetrain.model.build import build_model, initialize
-from moetrain.train.evaluate import evaluate
+from moetrain.parallel import groups as process_groups
+from moetrain.parallel.seeds import derive_seed
+from moetrain.parallel.topology import Topology
+from moetrain.train.evaluate import certify, evaluate, probe_batches
+from moetrain.train.loop import step_seed
 
 MODEL = ModelConfig(vocab_size=50, context=8, d_model=16, num_layers=2, num_heads=2, d_ff=32,
                     moe=MoEConfig(num_experts=4, d_expert=16))  # fmt: skip
@@ -54,3 +59,57 @@ def test_two_ranks_find_the_loss_and_load_of_a_loop_over_the_text(ranks):
         assert found["bits"] == pytest.approx(expected_loss / math.log(2) / 2.0, rel=1e-6)
         torch.testing.assert_close(torch.tensor(found["share"]), counts / counts.sum(1, keepdim=True))
         assert found["calls"] == 3
+
+
+class HeldOut:
+    """As much of a token file as the probe needs."""
+
+    tokens = TOKENS
+
+
+def certified(gpt, *, step: int = 5):
+    probe = probe_batches(HeldOut(), sequence_length=LENGTH)
+    return certify(gpt, probe, next_batch="abc", next_seed=step_seed(1234, step, rank=0), device=torch.device("cpu"),
+                   layout={"world_size": 1})  # fmt: skip
+
+
+def certify_rank(rank: int):
+    topology = Topology(world_size=2, rank=rank, expert_parallel=2)
+    groups = process_groups.make(topology, device=torch.device("cpu"))
+    gpt = build_model(MODEL, local_experts=topology.local_experts(4), expert_group=groups.expert, world=groups.world)
+    initialize(gpt, init_std=0.3, seed=3)
+    found = certified(gpt)
+    return {"loss": found.probe_loss, "counts": found.probe_counts}
+
+
+def test_the_probe_is_four_sequences_spread_over_the_text_on_every_layout(ranks):
+    gpt = model()
+    losses, counts = [], torch.zeros(2, 4, dtype=torch.int64)
+    with torch.no_grad():
+        for start in (0, 3, 6, 9):  # 13 windows, four of them
+            window = torch.from_numpy(TOKENS[start * LENGTH : (start + 1) * LENGTH + 1])
+            out = gpt(window[None, :-1])
+            losses.append(torch.nn.functional.cross_entropy(out.logit_BSV[0], window[1:]).item())
+            counts += torch.stack([layer.load.count_E for layer in out.moe])
+    found = certified(gpt)
+    assert found.probe_loss == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert found.probe_counts == counts.tolist()
+    for other in ranks(2, certify_rank):
+        assert other["loss"] == pytest.approx(found.probe_loss, rel=1e-6)
+        assert other["counts"] == found.probe_counts
+
+
+def test_to_certify_leaves_the_model_and_the_generators_as_they_were():
+    gpt = model()
+    gpt.train()
+    generators = torch.get_rng_state()
+    assert certified(gpt) == certified(gpt)
+    assert gpt.training
+    assert torch.equal(torch.get_rng_state(), generators)
+
+
+def test_the_digest_of_the_generator_is_that_of_the_one_the_loop_seeds():
+    torch.manual_seed(derive_seed(1234, 5, 0))
+    expected = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+    assert certified(model()).generator == expected
+    assert certified(model(), step=6).generator != expected

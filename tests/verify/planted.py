@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moetrain.config.schema import RunConfig
 from moetrain.model.objective import Objective
 from moetrain.moe.experts import Experts
-from moetrain.train import worker
+from moetrain.train import setup
 from moetrain.train.engine import Engine
 from moetrain.verify import rank
 from moetrain.verify.reference import AuxLosses
@@ -49,7 +49,7 @@ def aux_loss_averaged_twice(patch: pytest.MonkeyPatch, run: RunConfig) -> None:
         def __init__(self, gpt: Any, *, loss_weights: dict[str, float]) -> None:
             super().__init__(gpt, loss_weights={name: weight / RANKS for name, weight in loss_weights.items()})
 
-    patch.setattr(worker, "Objective", Twice)
+    patch.setattr(setup, "Objective", Twice)
 
 
 def logged_aux_loss_averaged_twice(patch: pytest.MonkeyPatch, run: RunConfig) -> None:
@@ -78,7 +78,7 @@ def norm_without_remote_experts(patch: pytest.MonkeyPatch, run: RunConfig) -> No
 
 def initialisation_by_local_index(patch: pytest.MonkeyPatch, run: RunConfig) -> None:
     """Every rank draws its experts as if they were the first ones."""
-    whole = worker.initialize
+    whole = setup.initialize
 
     def faulty(gpt: Any, **settings: Any) -> None:
         experts = [module for module in gpt.modules() if isinstance(module, Experts)]
@@ -89,17 +89,17 @@ def initialisation_by_local_index(patch: pytest.MonkeyPatch, run: RunConfig) -> 
         for module, ids in zip(experts, own, strict=True):
             module.global_ids = ids
 
-    patch.setattr(worker, "initialize", faulty)
+    patch.setattr(setup, "initialize", faulty)
 
 
 def initialisation_by_world_size(patch: pytest.MonkeyPatch, run: RunConfig) -> None:
     """The same on every rank, and another on another number of them."""
-    whole = worker.initialize
-    patch.setattr(worker, "initialize", lambda gpt, *, init_std, seed: whole(gpt, init_std=init_std, seed=seed + RANKS))
+    whole = setup.initialize
+    patch.setattr(setup, "initialize", lambda gpt, *, init_std, seed: whole(gpt, init_std=init_std, seed=seed + RANKS))
 
 
 def _on_gradients(patch: pytest.MonkeyPatch, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]) -> None:
-    whole = worker.build_model
+    whole = setup.build_model
 
     def faulty(*settings: Any, **more: Any) -> nn.Module:
         gpt = whole(*settings, **more)
@@ -108,7 +108,7 @@ def _on_gradients(patch: pytest.MonkeyPatch, chosen: Callable[[str], bool], chan
                 parameter.register_hook(change)
         return gpt
 
-    patch.setattr(worker, "build_model", faulty)
+    patch.setattr(setup, "build_model", faulty)
 
 
 def plant(faults: list[str]) -> None:

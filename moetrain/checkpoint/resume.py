@@ -1,0 +1,96 @@
+"""From which checkpoint a run goes on, the same one on every rank, and whether it is one of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.checkpoint import store
+from moetrain.checkpoint.certificate import Certificate, differences, probe_differences
+from moetrain.checkpoint.state import newest_whole
+from moetrain.config.freeze import freeze
+from moetrain.config.identity import differences as setting_differences
+from moetrain.config.identity import is_fixed
+from moetrain.config.schema import RunConfig
+from moetrain.errors import CheckpointError
+
+Found = tuple[Path, store.Manifest]
+
+
+def find(
+    root: Path, *, run: RunConfig, data: dict[str, str], group: dist.ProcessGroup, warn: Callable[[str], None]
+) -> Found | None:
+    """The newest whole checkpoint of the run; None: there is none. Every rank calls it.
+
+    Args:
+        data: digests of the token files and the tokenizer.
+        group: all ranks, on a backend that moves host memory.
+        warn: names the damaged ones that are passed over, on the first rank.
+
+    Raises:
+        CheckpointError: on every rank; the newest one is of another run.
+    """
+    # one rank reads and digests for all: they must not come to different answers
+    answer: list[Any] = [None, ""]
+    if dist.get_rank(group) == 0:
+        found = newest_whole(root, warn=warn)
+        foreign = "" if found is None else _foreign(found[1], run=run, data=data)
+        answer = [found, f"{found[0]} {foreign}" if found and foreign else ""]
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1]:
+        raise CheckpointError(f"{answer[1]}; set it back, or choose another name=… or run_dir=… for another run")
+    result: Found | None = answer[0]
+    return result
+
+
+def _foreign(manifest: store.Manifest, *, run: RunConfig, data: dict[str, str]) -> str:
+    """Why a checkpoint is not one of this run; empty when it is."""
+    other = [name for name in data if manifest.data.get(name) != data[name]]
+    if other:
+        return f"was trained on other data: {', '.join(other)} has changed since"
+    before = freeze(manifest.run)
+    fixed = {name: values for name, values in setting_differences(before, run).items() if is_fixed(name)}
+    return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in fixed.items())
+
+
+def hold_certificate(
+    found: Found, now: Certificate, *, group: dist.ProcessGroup, trust: bool, warn: Callable[[str], None]
+) -> None:
+    """Hold what was loaded against the certificate of its checkpoint. Every rank calls it.
+
+    The first rank compares everything, bit for bit where layout and machine are the ones of the save and compute on
+    CPU; the others compare what their own weights make of the probe, to the tolerances of ``certificate``.
+
+    Args:
+        now: this rank's.
+        trust: warn, and go on.
+        warn: called on the first rank.
+
+    Raises:
+        CheckpointError: on every rank, when something differs on one, with every difference.
+    """
+    directory, manifest = found
+    saved, rank = manifest.certificate, dist.get_rank(group)
+    if saved is None:
+        if rank == 0:
+            warn(f"{directory.name} has no resume certificate: what was loaded is held against its digests alone")
+        return
+    if rank == 0:
+        own = differences(saved, now, exact=saved.taken_on == now.taken_on and now.taken_on.get("device") == "cpu")
+    else:
+        own = probe_differences(saved, now, exact=False)
+    told: list[list[str]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(told, own, group=group)
+    first, of_others = told[0], [f"rank {i}: {each}" for i, rest in enumerate(told) for each in rest if i]
+    # what the first rank sees, all may see; the others are named only where it sees nothing
+    causes = first or of_others
+    if not causes:
+        return
+    message = f"{directory} does not resume as it was saved: {'; '.join(causes)}"
+    if not trust:
+        raise CheckpointError(f"{message}; if you know why and want to go on all the same, set resume.trust=true")
+    if rank == 0:
+        warn(f"{message}; going on all the same (resume.trust)")

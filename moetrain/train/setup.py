@@ -1,0 +1,113 @@
+"""Parts of a run, each made from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.config.checks import in_steps, steps_in_run
+from moetrain.config.deepspeed import deepspeed_config
+from moetrain.config.routers import loss_weights
+from moetrain.config.schema import RunConfig
+from moetrain.metrics.load import LoadMeter
+from moetrain.metrics.speed import Speed, peak_flops
+from moetrain.model.build import build_model, expert_table, initialize
+from moetrain.model.objective import Objective
+from moetrain.parallel.groups import Groups
+from moetrain.plan.flops import flops_per_token
+from moetrain.train.engine import Engine
+from moetrain.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that several parts need, worked out once from the settings."""
+
+    sequence_length: int
+    micro_batch: int
+    accumulation: int
+    tokens_per_step: int
+    steps: int
+
+    @staticmethod
+    def of(run: RunConfig, *, world_size: int) -> Sizes:
+        length = run.batch.sequence_length or run.model.context
+        tokens_per_step = run.batch.global_batch * length
+        micro_batch = run.batch.micro_batch or run.batch.global_batch // world_size
+        return Sizes(
+            sequence_length=length,
+            micro_batch=micro_batch,
+            accumulation=run.batch.global_batch // (micro_batch * world_size),
+            tokens_per_step=tokens_per_step,
+            steps=steps_in_run(run.schedule, tokens_per_step=tokens_per_step),
+        )
+
+
+def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Callable[[], Tensor]) -> Engine:
+    """The model of a run on this rank, and what trains it.
+
+    Args:
+        frequency: tells how often each token id occurs in the training text, [V]; see ``expert_table``.
+    """
+    moe, world_size = run.model.moe, groups.topology.world_size
+    gpt = build_model(
+        run.model,
+        local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
+        expert_group=groups.expert,
+        all_to_all=groups.two_level,
+        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
+        recompute=run.parallel.recompute,
+    )
+    initialize(gpt, init_std=run.model.init_std, seed=run.seed)
+    objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
+    config = deepspeed_config(
+        micro_batch=sizes.micro_batch,
+        accumulation=sizes.accumulation,
+        world_size=world_size,
+        zero_stage=run.parallel.zero_stage,
+        dtype=run.model.dtype,
+        clip=run.optim.clip,
+        offload_optimizer=run.parallel.offload_optimizer,
+    )
+    optimizer = {
+        "lr": run.optim.lr,
+        "betas": (run.optim.beta1, run.optim.beta2),
+        "eps": run.optim.eps,
+        "weight_decay": run.optim.weight_decay,
+    }
+    return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
+
+
+def make_meter(run: RunConfig, device: torch.device, *, dead_after: int = 1) -> LoadMeter | None:
+    """What adds up the load of the experts; None for a dense model."""
+    moe, layers = run.model.moe, run.model.num_layers
+    return LoadMeter(layers // moe.every, moe.num_experts, device, dead_after=dead_after) if moe else None
+
+
+def make_speed(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Speed:
+    """What tells tokens and FLOPs per second."""
+    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else None
+    if peak is None and groups.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(groups.device), run.model.dtype)
+    return Speed(
+        flops_per_token(run.model, sequence_length=sizes.sequence_length),
+        peak_flops=peak,
+        world_size=groups.topology.world_size,
+    )
+
+
+def make_schedule(run: RunConfig, *, sizes: Sizes) -> Schedule:
+    """The learning rate of each step."""
+    given, per_step = run.schedule, sizes.tokens_per_step
+    decay = in_steps(given.decay_steps, given.decay_tokens, tokens_per_step=per_step)
+    return Schedule(
+        kind=given.kind,
+        peak=run.optim.lr,
+        steps=sizes.steps,
+        warmup=in_steps(given.warmup_steps, given.warmup_tokens, tokens_per_step=per_step) or 0,
+        decay=sizes.steps // 5 if decay is None else decay,
+        min_ratio=given.min_lr_ratio,
+    )

@@ -1,0 +1,81 @@
+"""Values on their way to the disk and back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.checkpoint.files import DigestedFiles, on_storage_of_its_own, read_values
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64]
+
+
+def values(dtype: torch.dtype, size: int = 1000) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).mul(100).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_interval_is_read_from_the_middle_of_a_file(tmp_path, dtype):
+    path, whole = tmp_path / "values", values(dtype)
+    with path.open("wb") as file:
+        file.write(b"x" * 777)
+        torch.save(whole, file)
+        length = file.tell() - 777
+        file.write(b"y" * 100)
+    for first, count in ((0, 1000), (0, 1), (999, 1), (333, 333), (5, 0)):
+        for target_dtype in (dtype, torch.float64):
+            target = torch.zeros(count + 2, dtype=target_dtype)
+            with path.open("rb", buffering=0) as file:
+                read_values(file, target[1:-1], archive=(777, length), first=first, dtype=dtype)
+            assert torch.equal(target[1:-1], whole[first : first + count].to(target_dtype))
+            assert target[0] == target[-1] == 0
+
+
+@pytest.mark.parametrize(("first", "cut", "message"), [(900, 0, "must end at"), (0, 1000, None)])
+def test_values_that_are_not_all_there_are_told(tmp_path, first, cut, message):
+    path = tmp_path / "values"
+    torch.save(values(torch.float32), path)
+    length = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: length - cut])
+    with path.open("rb", buffering=0) as file, pytest.raises((ValueError, RuntimeError), match=message):
+        read_values(file, torch.zeros(1000), archive=(0, length), first=first, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 3_000_000], ids=["small", "large"])
+def test_the_digest_is_that_of_the_file(tmp_path, size):
+    files, path = DigestedFiles(), tmp_path / "values"
+    with files.create_stream(path, "wb") as stream:
+        torch.save(values(torch.float32, size), stream)
+        stream.write(b"the end")
+    content = path.read_bytes()
+    assert content.endswith(b"the end")
+    (digest,) = files.digests
+    assert (digest.name, digest.size, digest.sha256) == ("values", len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_write_that_fails_leaves_no_digest():
+    files = DigestedFiles()
+    with pytest.raises(OSError, match="No space left"), files.create_stream(Path("/dev/full"), "wb") as stream:
+        stream.write(b"x" * 1_000_000)
+    assert files.digests == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_view_on_a_storage_of_its_own_is_the_same_memory_and_saved_alone(dtype):
+    flat = values(dtype)
+    view = flat.narrow(0, 100, 50)
+    own = on_storage_of_its_own(view)
+    assert own.data_ptr() == view.data_ptr()
+    assert own.dtype == dtype
+    assert own.untyped_storage().nbytes() == 50 * dtype.itemsize
+    flat[100] = 7
+    assert own[0] == 7
+    buffer = io.BytesIO()
+    torch.save(own, buffer)
+    assert len(buffer.getvalue()) < 50 * dtype.itemsize + 2000
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True), view)
