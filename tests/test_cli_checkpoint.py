@@ -179,7 +179,7 @@ class TestDiff:
         found = json.loads(checkpoint(f"diff {ROOT}/step_00000002 runs/dp2 --json").stdout)
         assert found["equal"] is False
         assert found["settings"]["step"] == [2, 3]
-        assert len(found["tensors"]) == 50
+        assert len(found["tensors"]) == 52
 
     def test_tensors_that_only_one_has(self, checkpoint):
         assert checkpoint("reshard runs/tiny runs/light moments=false").returncode == 0
@@ -245,7 +245,7 @@ FAULTS: dict[str, str] = {
     "doctor runs": "runs is neither a run nor a checkpoint: it holds no run.yaml, checkpoints/ or manifest.json",
     "doctor runs/tiny step=7": "runs/tiny has no checkpoint of step 7: use 0, 2, 3",
     "doctor runs/tiny step=x": "'step' is 'x', but must be a whole number",
-    "doctor runs/tiny step=-1": "step is -1, but must be a step",
+    "doctor runs/tiny step=-1": "step is -1, but must be at least 0",
     "show runs/tiny/checkpoints/step_00000003 step=3": "step=3 chooses among the checkpoints of a run, but",
     "show runs/tiny run_dir=runs/dp2": "both runs/tiny and run_dir=runs/dp2 are given: name one",
     "show runs/tiny runs/dp2": "show takes 0 or 1 paths, but was given 2",

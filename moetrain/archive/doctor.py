@@ -89,7 +89,7 @@ def examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) ->
         else:
             yield check(name, patient)
     yield from _contents(patient)
-    certificate = getattr(manifest, "certificate", None)
+    certificate = manifest.certificate if manifest else None
     reason = "held when the run goes on: that needs its data" if certificate else "this checkpoint carries none"
     yield Check("certificate", None, reason)
 

@@ -28,8 +28,9 @@ HELP = {
   reshard WHICH RUN [files=N] [moments=false]
                                         write it again into another run directory, as N files, or without the
                                         optimizer's moments (a third of the size; for evaluation only)
-  prune RUN keep=N [every=STEPS] [--dry-run]
-                                        remove all but the newest N and those of each multiple of STEPS
+  prune RUN keep=N [every=STEPS] [best=N] [--dry-run]
+                                        remove all but the newest N, those of each multiple of STEPS, and the N of
+                                        the lowest held-out loss
 
 RUN is a run directory (also written run_dir=RUN). WHICH is a run directory, for its newest checkpoint or with step=N
 that one, or the directory of a checkpoint. Without either: runs/tiny.
@@ -49,6 +50,10 @@ examples:
   moetrain checkpoint prune run_dir=runs/tiny keep=1 every=200 --dry-run
 """,
 }
+
+
+_LEAST = {"step": 0, "best": 0}
+"""Where 1 is not the least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,7 @@ class _Prune:
     run_dir: str | None = None
     keep: int | None = None
     every: int | None = None
+    best: int = 0
 
 
 class _Verb(NamedTuple):
@@ -106,9 +112,8 @@ def checkpoint(words: Sequence[str]) -> int:
     if given and not fields(verb.settings):
         raise ConfigError([f"{words[0]} has no settings, but was given {', '.join(given)}"])
     wanted = freeze_section(verb.settings, given)
-    problems = [f"{name} is {value}, but must be {'at least 1' if name != 'step' else 'a step'}"
-                for name, value in vars(wanted).items()
-                if type(value) is int and value < (0 if name == "step" else 1)]  # fmt: skip
+    problems = [f"{name} is {value}, but must be at least {_LEAST.get(name, 1)}" for name, value in vars(wanted).items()
+                if type(value) is int and value < _LEAST.get(name, 1)]  # fmt: skip
     if paths and "run_dir" in given:
         problems.append(f"both {paths[0]} and run_dir={given['run_dir']} are given: name one")
     if problems:
@@ -239,7 +244,7 @@ def _prune(wanted: _Prune, paths: list[Path], flags: set[str]) -> int:
         raise ConfigError(["prune removes for good, so it wants to hear which run and how many stay, e.g. "
                            "run_dir=runs/tiny keep=2"])  # fmt: skip
     run_dir = _run(paths[0] if paths else Path(str(wanted.run_dir)))
-    retention = store.Retention(keep=wanted.keep, every_steps=wanted.every)
+    retention = store.Retention(keep=wanted.keep, every_steps=wanted.every, best=wanted.best)
     if "--dry-run" in flags:
         print(_told(run_dir, _going(run_dir, retention), word="would remove"))
         return 0
