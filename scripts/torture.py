@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint import store
-from moetrain.data.text import expand, read_documents
+from moetrain.prepare.text import expand, read_documents
 from moetrain.errors import CheckpointError
 
 STEPS = 60

@@ -164,7 +164,7 @@ class TestDiff:
         shutil.copytree("runs/tiny", "runs/copy")
         done = checkpoint("diff runs/tiny runs/copy")
         assert done.returncode == 0
-        assert done.stdout.splitlines()[2:] == ["all 50 tensors are bit-equal"]
+        assert done.stdout.splitlines()[2:] == ["all 52 tensors are bit-equal"]
 
     def test_different(self, checkpoint):
         done = checkpoint(f"diff {ROOT}/step_00000002 runs/dp2")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from moetrain.data.text import expand, read_documents
+from moetrain.prepare.text import expand, read_documents
 
 STEPS = 24
 SETTINGS = [

@@ -155,9 +155,9 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
 
 def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
     """The token files of a run, made now if they are not there."""
-    from moetrain.data.prepare import prepare as make
-    from moetrain.data.prepare import prepared_directory
     from moetrain.metrics.console import StageBars
+    from moetrain.prepare.directory import prepare as make
+    from moetrain.prepare.directory import prepared_directory
 
     data = run.data
     what: dict[str, Any] = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,

@@ -172,7 +172,7 @@ class Engine:
         if self._clip and norm > self._clip:
             for parameter in self._names:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self._clip / norm)
+                    parameter.grad.mul_(self._clip / (norm + 1e-6))  # as torch and DeepSpeed do
         return norm
 
 

@@ -12,10 +12,10 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetrain.data.build import Progress, build_token_files, check_fits, source_sha256
 from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, file_sha256, open_prepared
-from moetrain.data.text import expand
 from moetrain.errors import DataError
+from moetrain.prepare.build import Progress, build_token_files, check_fits, source_sha256
+from moetrain.prepare.text import expand
 
 _HASH_LIMIT = 64 << 20  # bytes; larger sources are told apart by size and time of change, not by content
 

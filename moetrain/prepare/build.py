@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from moetrain.data.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.data.corpus import (
     FORMAT_VERSION,
     SPLITS,
@@ -28,7 +27,6 @@ from moetrain.data.corpus import (
     file_sha256,
     write_meta,
 )
-from moetrain.data.text import read_documents
 from moetrain.data.tokenizer import (
     encode,
     end_of_text,
@@ -38,6 +36,8 @@ from moetrain.data.tokenizer import (
     vocabulary_size,
 )
 from moetrain.errors import DataError
+from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.prepare.text import read_documents
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the stage (hash, read, tokenizer, encode, baselines), how much is done, and of how much (None: not yet

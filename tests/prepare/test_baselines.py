@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moetrain.data import baselines
-from moetrain.data.baselines import count_trigrams, trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.prepare import baselines
+from moetrain.prepare.baselines import count_trigrams, trigram_bits_per_byte, xz_bits_per_byte
 
 TRAIN = b"the cat sat on the mat, and the dog sat on the log. " * 3
 HELD_OUT = b"the cat and the dog sat on the zebra"  # bytes, pairs and triples that were never seen, too

@@ -16,13 +16,14 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from moetrain.data import build, corpus
-from moetrain.data import prepare as prepare_module
-from moetrain.data.baselines import trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.data import corpus
 from moetrain.data.corpus import Prepared, TokenFile, open_prepared
-from moetrain.data.prepare import prepare, prepared_directory
 from moetrain.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from moetrain.errors import DataError
+from moetrain.prepare import build
+from moetrain.prepare import directory as prepare_module
+from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.prepare.directory import prepare, prepared_directory
 
 DOCUMENTS = [f"Document {number}: the cat sat on mat {number * number}, é.\n" * 5 for number in range(40)]
 STAGES = ["hash", "read", "tokenizer", "encode", "baselines"]

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import moetrain
-from moetrain.data.text import BUILTIN, expand, read_documents
 from moetrain.errors import DataError
+from moetrain.prepare.text import BUILTIN, expand, read_documents
 
 # What a reader that guesses types would spoil: dates, numbers, holes; and what a reader of lines would cut in two.
 DOCUMENTS = ["2020-01-01", "1984", "NA", "true", "two\nlines", 'a "quoted", one', "line\u2028separator", "\U0001f600 é"]
@@ -243,7 +243,7 @@ def refuse(*arguments, **_):
     print("network:", arguments)
     raise OSError("no network here")
 socket.getaddrinfo = socket.socket.connect = socket.create_connection = refuse
-from moetrain.data.text import expand, read_documents
+from moetrain.prepare.text import expand, read_documents
 assert len(list(read_documents(expand(["builtin:sotu"]), text_column="text"))) == 233
 assert "torch" not in sys.modules, "torch was imported"
 from pathlib import Path
@@ -262,7 +262,7 @@ except DataError:
 def test_text_is_never_decoded_with_the_machines_locale(tmp_path):
     script = f"""
 from pathlib import Path
-from moetrain.data.text import read_documents
+from moetrain.prepare.text import read_documents
 from moetrain.errors import DataError
 for name in ["a.txt", "a.jsonl", "a.csv", "a.csv.gz", "a.txt.gz", "a.jsonl.xz"]:
     try:
