@@ -285,4 +285,4 @@ def test_an_installed_wheel_works_in_any_directory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "site"))
     assert "d_model: 4096" in done.stdout
-    assert (tmp_path / "site/moetrain/data/corpora/sotu.jsonl.xz").is_file()
+    assert (tmp_path / "site/moetrain/prepare/corpora/sotu.jsonl.xz").is_file()
