@@ -1,0 +1,310 @@
+"""Bytes on one device, part by part, for a layout: what the engine and the layers really hold (docs/plan.md).
+
+Letters (one legend for the file)
+    T tokens of a micro-batch on a device    D d_model    V vocab_size    H, G, d query heads, key/value heads, width
+    F hidden width of a feed-forward net     g 2 for a gated one, else 1      K experts per token, E experts
+    R rows at the fullest device's experts, T x K x imbalance
+
+Three moments can be the fullest, and the fullest one counts: the *turn* from forward to backward (all activations and
+the logits), the *reduction* at the end of backward (all gradients), the *step* (gradients, and a flat copy of a share).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from moetrain.config.routers import resolve_router
+from moetrain.config.schema import ModelConfig
+from moetrain.plan.flops import GATED, ParameterCount, count_parameters, is_moe_block
+from moetrain.plan.layout import Layout
+
+BUCKET_ELEMENTS = 50_000_000
+"""Of the engine's reduction buffer, as ``train.engine`` sets it."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered at most."""
+FRAMEWORK_BYTES = {"cuda": 2.0e9, "cpu": 0.0}
+"""CUDA context, cuBLAS and NCCL buffers: an assumption, nobody measured it with moetrain. On a CPU nothing is on the
+device, and imports are not counted."""
+SLACK = 0.06
+"""Share of the rest that the allocator holds and cannot use: an assumption for CUDA's caching allocator."""
+IMBALANCE = 1.2
+"""Rows at the fullest device over the mean. A balance loss keeps experts within 1.1 to 1.2 of the mean after the
+warm-up (docs/results.md); at random weights it is more for a few steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the fullest moment of a step."""
+
+    weights: float = 0.0
+    """In the model's dtype; at ZeRO-3 this device's share and what is gathered."""
+    gradients: float = 0.0
+    """In fp32 while they are added up, as the engine does."""
+    masters: float = 0.0
+    """fp32 weights that the optimizer steps on."""
+    moments: float = 0.0
+    """The two of Adam, fp32."""
+    activations: float = 0.0
+    """Kept for the backward pass outside the experts."""
+    experts: float = 0.0
+    """Rows at the experts and their hidden units: dispatch, all-to-all, head-room for imbalance."""
+    logits: float = 0.0
+    """Scores, their softmax and its gradient."""
+    buffers: float = 0.0
+    """Buckets of the gradient reduction, and the copies that a reduction or a step makes."""
+    slack: float = 0.0
+    """What the allocator holds and cannot use."""
+    framework: float = 0.0
+    """What the device holds before a model is there."""
+    host: float = 0.0
+    """In the memory of the host, not on the device: the offloaded optimizer."""
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return sum(getattr(self, part) for part in PARTS)
+
+
+PARTS = tuple(field.name for field in fields(Memory) if field.name != "host")
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Parameters on one device, and its share of those it steps on."""
+
+    dense: float
+    experts: float
+    dense_share: float
+    experts_share: float
+    largest: float
+    """Of one tensor."""
+
+    @property
+    def local(self) -> float:
+        return self.dense + self.experts
+
+    @property
+    def share(self) -> float:
+        return self.dense_share + self.experts_share
+
+
+def memory_of(
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    sequence_length: int,
+    imbalance: float = IMBALANCE,
+    device: str = "cuda",
+    slack: float = SLACK,
+) -> Memory:
+    """Bytes on the fullest device at the fullest moment of a step.
+
+    Args:
+        sequence_length: tokens of one sequence.
+        imbalance: rows at the fullest device over the mean, at least 1.
+        device: cuda or cpu; they keep different activations.
+        slack: share of the rest that the allocator holds and cannot use.
+    """
+    load = _load(model, layout)
+    always = _standing(model, layout, load)
+    kept = _activations(model, layout, tokens=layout.micro_batch * sequence_length, imbalance=imbalance, device=device)
+    moments = (
+        replace(always, **kept, gradients=_gradients_between(model, layout, load), buffers=_empty_bucket(model, layout, load, device)),
+        replace(always, gradients=_gradients_at_the_end(model, layout, load), buffers=_buckets(model, layout, load)),
+        replace(always, gradients=_gradients_at_the_step(model, layout, load), buffers=_step_copies(model, layout, load)),
+    )
+    fullest = max(moments, key=lambda moment: moment.total)
+    return replace(fullest, slack=slack * fullest.total, framework=FRAMEWORK_BYTES[device])
+
+
+def _width(model: ModelConfig) -> int:
+    return 2 if model.dtype == "bf16" else 4
+
+
+def _load(model: ModelConfig, layout: Layout) -> _Load:
+    count: ParameterCount = count_parameters(model)
+    experts = count.experts / layout.expert_parallel
+    spread = layout.zero_stage > 0
+    moe, largest = model.moe, float(count.embedding)
+    if moe is not None:
+        gated = 2 if (moe.activation or model.activation) in GATED else 1
+        per_map = moe.num_experts / layout.expert_parallel * gated * (moe.d_expert or model.d_ff) * model.d_model
+        largest = max(largest, per_map)
+    return _Load(
+        dense=count.non_expert,
+        experts=experts,
+        dense_share=count.non_expert / (layout.gpus if spread else 1),
+        experts_share=experts / (layout.expert_data if spread else 1),
+        largest=largest,
+    )
+
+
+def _is_bf16_optimizer(model: ModelConfig, layout: Layout) -> bool:
+    """DeepSpeed has another optimizer for bf16 at stage 1: it keeps fp32 gradients of all weights in one buffer."""
+    return model.dtype == "bf16" and layout.zero_stage <= 1
+
+
+def _standing(model: ModelConfig, layout: Layout, load: _Load) -> Memory:
+    """What is there all the time."""
+    weights = _width(model) * load.local
+    if layout.zero_stage == 3:
+        per_block = load.local / model.num_layers
+        gathered = min(LIVE_ELEMENTS + per_block, load.local, max(2 * per_block, 2 * BUCKET_ELEMENTS) + load.largest)
+        weights = _width(model) * (load.share + gathered)
+    # at stage 0 the optimizer steps on the weights themselves
+    masters = 0.0 if layout.zero_stage == 0 and model.dtype == "fp32" else 4 * load.share
+    state = Memory(weights=weights, masters=masters, moments=8 * load.share)
+    if not layout.offload_optimizer:
+        return state
+    # gradients of the share wait in the host's memory too, in fp32, pinned; the device keeps none of it
+    return replace(state, masters=0.0, moments=0.0, host=state.masters + state.moments + 4 * load.share)
+
+
+def _gradients_between(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    """Gradients that wait while the next micro-batch runs forward."""
+    if _is_bf16_optimizer(model, layout):
+        # one fp32 buffer, and bf16 gradients that are set to 0, never let go
+        return (4 + _width(model)) * load.local
+    if layout.accumulation == 1 or layout.offload_optimizer:
+        return 0.0
+    return 4 * (load.share if layout.zero_stage >= 2 else load.local)
+
+
+def _gradients_at_the_end(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    """When the last micro-batch's backward is over: its own beside those that waited."""
+    if _is_bf16_optimizer(model, layout):
+        return (4 + _width(model)) * load.local
+    if layout.zero_stage == 0:
+        return 4 * load.local
+    if layout.zero_stage == 1:
+        # the reduced share is gathered in a buffer of its own while the rest is still there
+        return 4 * (load.local + load.share)
+    waiting = 0.0 if layout.offload_optimizer or layout.accumulation == 1 else 4 * load.share
+    return waiting + (0.0 if layout.offload_optimizer else 4 * load.share)
+
+
+def _gradients_at_the_step(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    if _is_bf16_optimizer(model, layout):
+        return (4 + _width(model)) * load.local
+    if layout.zero_stage == 0:
+        return 4 * load.local
+    return 0.0 if layout.offload_optimizer else 4 * load.share
+
+
+def _buckets(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    if layout.zero_stage == 0 or layout.gpus == 1:
+        return 0.0
+    filled = max(min(BUCKET_ELEMENTS, load.local), load.largest if load.largest > BUCKET_ELEMENTS else 0.0)
+    if _is_bf16_optimizer(model, layout):
+        return 4 * filled  # gradients that go together are copied into one piece
+    if layout.zero_stage == 1:
+        return 0.0
+    # what goes to one rank is copied, in fp32, out of the bucket; a tensor larger than the bucket goes by itself
+    return _width(model) * filled + 4 * min(filled, max(load.dense_share, load.experts_share))
+
+
+def _empty_bucket(model: ModelConfig, layout: Layout, load: _Load, device: str) -> float:
+    """The bucket is there from the beginning of the backward pass; on a CPU its pages are not, until it is filled."""
+    if device == "cpu" or layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
+        return 0.0
+    return _width(model) * BUCKET_ELEMENTS
+
+
+def _step_copies(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    """The flat gradient of one group of parameters, made before it is stepped on."""
+    if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout) or layout.offload_optimizer:
+        return 0.0
+    return 4 * max(load.dense_share, load.experts_share)
+
+
+def _activations(
+    model: ModelConfig, layout: Layout, *, tokens: float, imbalance: float, device: str
+) -> dict[str, float]:
+    """The parts of ``Memory`` that a forward pass fills."""
+    width, rows_at = _width(model), tokens * imbalance
+    dense, sparse = _attention(model, device=device) * tokens, 0.0
+    kept: dict[str, float] = {"activations": 0.0, "experts": 0.0}
+    fullest_block = {"activations": 0.0, "experts": 0.0}
+    for block in range(model.num_layers):
+        if is_moe_block(model, block=block):
+            own, sparse = _moe_outside(model) * tokens, _moe_inside(model, tokens, rows_at, layout, device=device)
+        else:
+            own, sparse = width * (model.d_model + _hidden(model, model.d_ff, model.activation)) * tokens, 0.0
+        whole = {"activations": dense + own, "experts": sparse}
+        for part, size in whole.items():
+            fullest_block[part] = max(fullest_block[part], size)
+        for part, size in _kept(whole, model, layout, block=block, tokens=tokens, rows_at=rows_at).items():
+            kept[part] += size
+    if layout.recompute != "none":
+        # one block is whole again while its backward runs; the logits are gone by then, but this is the safe side
+        kept = {part: size + fullest_block[part] for part, size in kept.items()}
+    last_norm = _norm(model, device=device) * tokens + width * model.d_model * tokens
+    kept["activations"] += last_norm
+    kept["logits"] = 12.0 * model.vocab_size * tokens
+    return kept
+
+
+def _kept(
+    whole: dict[str, float], model: ModelConfig, layout: Layout, *, block: int, tokens: float, rows_at: float
+) -> dict[str, float]:
+    """What recomputation leaves of a block's activations."""
+    stream = _width(model) * model.d_model
+    if layout.recompute == "none":
+        return whole
+    if layout.recompute == "full":
+        return {"activations": stream * tokens, "experts": 0.0}
+    if not is_moe_block(model, block=block) or model.moe is None:
+        return {"activations": 2 * stream * tokens, "experts": 0.0}
+    top_k = model.moe.top_k
+    routing = (12 * model.moe.num_experts + 32 * top_k) * tokens
+    return {"activations": 2 * stream * tokens + routing, "experts": stream * top_k * (rows_at + tokens)}
+
+
+def _norm(model: ModelConfig, *, device: str) -> float:
+    """Bytes per token beside the normed tokens themselves, which the next map keeps."""
+    width = _width(model)
+    if model.norm == "rmsnorm" and device == "cpu":
+        # there PyTorch builds it from parts: the input in fp32 and the scaled input in fp32
+        return model.d_model * 8.0
+    return model.d_model * width
+
+
+def _attention(model: ModelConfig, *, device: str) -> float:
+    """Bytes per token of a block's attention and both its norms."""
+    width, d_head = _width(model), model.d_head or model.d_model // model.num_heads
+    query, key = model.num_heads * d_head, (model.num_kv_heads or model.num_heads) * d_head
+    heads = query + 2 * key  # the output of the first map, which the values are a part of
+    turned = query + key if model.positions == "rope" else 0
+    # on a CPU, from turned heads, the answers come in an order that the next map takes as a copy
+    answers = query * (2 if device == "cpu" and turned else 1)
+    return 2 * _norm(model, device=device) + width * (model.d_model + heads + turned + answers) + 4.0 * model.num_heads
+
+
+def _hidden(model: ModelConfig, width: int, activation: str) -> float:
+    """Elements per row: before the activation and after."""
+    return width * ((2 if activation in GATED else 1) + 1.0)
+
+
+def _moe_outside(model: ModelConfig) -> float:
+    """Bytes per token of an MoE block but for the rows at its experts: normed tokens, router, shared experts."""
+    moe, width = model.moe, _width(model)
+    assert moe is not None
+    # the scores are worked out in fp32, of an fp32 copy of the tokens; without one, of the tokens themselves
+    noise = 4.0 * model.d_model * (2 if model.dtype == "fp32" else 1) if resolve_router(moe).jitter else 0.0
+    router = 8.0 * moe.num_experts + 24.0 * moe.top_k + 16.0 + 4.0 * model.d_model + noise
+    if not moe.num_shared_experts:
+        return router
+    shared = moe.num_shared_experts * _hidden(model, moe.d_expert or model.d_ff, moe.activation or model.activation)
+    return router + width * (shared + (model.d_model if model.dtype == "bf16" else 0))
+
+
+def _moe_inside(model: ModelConfig, tokens: float, rows_at: float, layout: Layout, *, device: str) -> float:
+    """Bytes of the rows at the experts: what came, hidden units, and the answers that came back."""
+    moe, width = model.moe, _width(model)
+    assert moe is not None
+    d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
+    hidden = _hidden(model, d_expert, activation)
+    if device == "cpu":
+        hidden -= d_expert  # there the activation is worked out again from what came before it
+    rows = rows_at * moe.top_k * width * (model.d_model + hidden)
+    return rows + tokens * moe.top_k * (width * model.d_model + (8.0 if layout.expert_parallel == 1 else 40.0))
