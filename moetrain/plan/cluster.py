@@ -11,6 +11,8 @@ from moetrain.config.freeze import freeze_section
 from moetrain.errors import ConfigError
 
 GB = 1e9
+CALIBRATED = ("a100", "h100")
+"""Generations of GPUs that ``plan/published.yaml`` has runs on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,12 @@ class Cluster:
 
     gpu: str = ""
     """What one device is called."""
+    device: str = "cuda"
+    """cuda or cpu: they keep different activations."""
+    calibrated_on: str | None = None
+    """a100 or h100: the published runs that tell the share of its peak; null: ``efficiency`` tells it."""
+    efficiency: float | None = None
+    """Share of the peak that matrix products reach. null: from the published runs."""
     gpus_per_node: int = 0
     """Devices of a node."""
     memory_gb: float = 0.0
@@ -69,7 +77,7 @@ def read_cluster(settings: dict[str, Any], *, name: str) -> Cluster:
         ConfigError: every missing or unknown entry, every number that is not above 0.
     """
     fields = dataclasses.fields(Cluster)
-    optional = {"watts_per_gpu", "price_per_gpu_hour", "currency"}
+    optional = {"device", "calibrated_on", "efficiency", "watts_per_gpu", "price_per_gpu_hour", "currency"}
     where = f"cluster {name}"
     problems = [
         f"{where}: '{field.name}' is missing: give it a value, as configs/cluster/h100_ib.yaml does"
@@ -84,6 +92,14 @@ def read_cluster(settings: dict[str, Any], *, name: str) -> Cluster:
         value = settings.get(field.name)
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             problems.append(f"{where}: '{field.name}' is {value}, but must be above 0 and finite")
+    for name_of, allowed in (("device", ("cuda", "cpu")), ("calibrated_on", (*CALIBRATED, None))):
+        if getattr(cluster, name_of) not in allowed:
+            shown = ", ".join("null" if each is None else each for each in allowed)
+            problems.append(f"{where}: '{name_of}' is {getattr(cluster, name_of)!r}, but must be one of {shown}")
+    if cluster.calibrated_on is None and cluster.efficiency is None:
+        problems.append(f"{where}: 'calibrated_on' and 'efficiency' are both null, but one must tell the share of the peak")
+    if cluster.efficiency is not None and cluster.efficiency > 1:
+        problems.append(f"{where}: 'efficiency' is {cluster.efficiency}, but must be at most 1")
     if problems:
         raise ConfigError(problems)
     return cluster

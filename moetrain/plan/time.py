@@ -73,8 +73,6 @@ class Conditions:
     """Share of the compute behind which gradient reduction and gathers can hide."""
     gradient_bytes: int = 4
     """Of one gradient as it is reduced: the engine sends fp32."""
-    fused: float = 1.0
-    """Bytes that elementwise operations move, over those of the engine's own, which are not fused."""
 
 
 def step_time(
@@ -95,7 +93,7 @@ def step_time(
     time = StepTime(
         compute=often * compute,
         recompute=often * recompute,
-        elementwise=often * passes * conditions.fused * moved / memory_rate,
+        elementwise=often * passes * moved / memory_rate,
         all_to_all_node=often * near,
         all_to_all_network=often * far,
         dense_gradients=dense,
@@ -187,7 +185,7 @@ def _weights_and_gradients(
         one_way = _ring(numel, size=size, stride=stride, layers=model.num_layers, cluster=cluster)
         gradients.append(often * ways * conditions.gradient_bytes * one_way)
         if layout.zero_stage == 3:
-            passes = 2 + (1 if layout.recompute == "full" else 0) * 0
+            passes = 2
             gathers += layout.accumulation * passes * width * one_way
         elif layout.zero_stage > 0:
             gathers += width * one_way

@@ -1,0 +1,89 @@
+"""What others have measured: the share of the peak that matrix products reach is calibrated on it, not guessed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.config.freeze import freeze_section
+from moetrain.config.schema import ModelConfig
+from moetrain.plan.cluster import Cluster
+from moetrain.plan.layout import Layout
+from moetrain.plan.time import Conditions, StepTime, step_time
+
+RUNS_FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One published run."""
+
+    name: str
+    cluster: str
+    """The file of its hardware."""
+    source: str
+    model: ModelConfig
+    layout: Layout
+    sequence_length: int
+    overlap: float
+    measured: float
+    """Tokens per second and GPU."""
+    note: str = ""
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.model.moe is not None
+
+    def time(self, cluster: Cluster, *, efficiency: float) -> StepTime:
+        """Its step, predicted."""
+        # benchmarks force an even load
+        conditions = Conditions(efficiency=efficiency, imbalance=1.0, overlap=self.overlap)
+        return step_time(self.model, self.layout, cluster, sequence_length=self.sequence_length, conditions=conditions)
+
+    def predicted(self, cluster: Cluster, *, efficiency: float) -> float:
+        """Tokens per second and GPU."""
+        tokens = self.layout.micro_batch * self.layout.accumulation * self.sequence_length
+        return tokens / self.time(cluster, efficiency=efficiency).total
+
+
+def published_runs() -> list[Run]:
+    """The runs of ``published.yaml``."""
+    return [_run(entry) for entry in yaml.safe_load(RUNS_FILE.read_text(encoding="utf-8"))]
+
+
+def calibrate(runs: Iterable[Run], clusters: Mapping[str, Cluster]) -> float:
+    """The efficiency at which half of ``runs`` are predicted too fast and half too slow: one odd run does not pull it.
+
+    Args:
+        clusters: file name -> cluster, for every run.
+    """
+    chosen = list(runs)
+
+    def bias(efficiency: float) -> float:
+        logs = [math.log(r.predicted(clusters[r.cluster], efficiency=efficiency) / r.measured) for r in chosen]
+        return statistics.median(logs)
+
+    low, high = 0.02, 1.0
+    if bias(high) <= 0:
+        return high
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if bias(middle) < 0 else (low, middle)
+    return low
+
+
+def alike(run: Run, others: Sequence[Run], clusters: Mapping[str, Cluster]) -> list[Run]:
+    """The runs to calibrate on for one of them: others, on the same generation of GPUs."""
+    kind = clusters[run.cluster].calibrated_on
+    return [other for other in others if other is not run and clusters[other.cluster].calibrated_on == kind]
+
+
+def _run(entry: dict[str, Any]) -> Run:
+    model = freeze_section(ModelConfig, {"dtype": "bf16", **entry["model"]})
+    return Run(**{**entry, "model": model, "layout": Layout(**entry["layout"])})
