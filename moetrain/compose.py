@@ -91,7 +91,9 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     return Composed(settings={str(key): value for key, value in settings.items()}, sources=sources, choices=choices)
 
 
-def compose_file(group: str, name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
+def compose_file(
+    group: str, name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> dict[str, Any]:
     """The settings in one file of a group that is no part of a run, such as ``cluster``.
 
     Args:
@@ -112,15 +114,24 @@ def compose_file(group: str, name: str, *, overrides: Sequence[str] = (), config
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError([f"'{group}={name}' is not there: {group} is one of {', '.join(options)}{hint}"])
         for override in parsed:
-            if override.is_add() or override.is_delete() or override.is_sweep_override() or override.package is not None:
-                raise ConfigError([f"'{override.input_line}' is not an override of a {group}: write {group}.NAME=VALUE"])
+            if (
+                override.is_add()
+                or override.is_delete()
+                or override.is_sweep_override()
+                or override.package is not None
+            ):
+                raise ConfigError(
+                    [f"'{override.input_line}' is not an override of a {group}: write {group}.NAME=VALUE"]
+                )
         try:
             composed = OmegaConf.to_container(hydra_compose(f"{group}/{name}", overrides=list(overrides)), resolve=True)
         except Exception as error:  # as in ``compose``
             raise ConfigError([f"{group}/{name}.yaml: {_in_a_line(error)}"]) from error
     content = composed.get(group) if isinstance(composed, dict) else None
     if not isinstance(content, dict):
-        raise ConfigError([f"{group}/{name}.yaml holds no settings: see configs/{group}/h100_ib.yaml for how one looks"])
+        raise ConfigError(
+            [f"{group}/{name}.yaml holds no settings: see configs/{group}/h100_ib.yaml for how one looks"]
+        )
     return {str(key): value for key, value in content.items()}
 
 

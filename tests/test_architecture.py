@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetrain"
 
 MAY_IMPORT = {
-    "cli": {"compose", "config", "data", "hub", "launch", "report", "metrics", "parallel.lifeline", "errors"},
+    "cli": {"compose", "config", "data", "hub", "launch", "plan", "report", "metrics", "parallel.lifeline", "errors"},
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
     "report": {"config", "plan", "metrics", "errors"},

@@ -32,6 +32,7 @@ VERBS = {
     "train": Verb("train", "train a model, or go on with a run that was interrupted", presets=True),
     "prepare": Verb("train", "text to token files (train does it by itself)", presets=True),
     "config": Verb("train", "show every setting of a run, and where each comes from", presets=True),
+    "plan": Verb("plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
     "sample": Verb("model", "let a trained model write"),
 }
 
@@ -104,7 +105,13 @@ def _preset_help() -> str:
     from moetrain.compose import presets
 
     lines = []
-    for group, what in (("model", "models"), ("model/moe", "sparse blocks"), ("experiment", "experiments")):
+    groups = (
+        ("model", "models"),
+        ("model/moe", "sparse blocks"),
+        ("experiment", "experiments"),
+        ("cluster", "clusters"),
+    )
+    for group, what in groups:
         lines += [f"\n{what} ({group}=NAME):"]
         lines += [f"  {name:<18} {title}" for name, title in presets(group).items()]
     return "\n".join(lines)

@@ -97,7 +97,9 @@ def read_cluster(settings: dict[str, Any], *, name: str) -> Cluster:
             shown = ", ".join("null" if each is None else each for each in allowed)
             problems.append(f"{where}: '{name_of}' is {getattr(cluster, name_of)!r}, but must be one of {shown}")
     if cluster.calibrated_on is None and cluster.efficiency is None:
-        problems.append(f"{where}: 'calibrated_on' and 'efficiency' are both null, but one must tell the share of the peak")
+        problems.append(
+            f"{where}: 'calibrated_on' and 'efficiency' are both null, but one must tell the share of the peak"
+        )
     if cluster.efficiency is not None and cluster.efficiency > 1:
         problems.append(f"{where}: 'efficiency' is {cluster.efficiency}, but must be at most 1")
     if problems:

@@ -11,6 +11,7 @@ the logits), the *reduction* at the end of backward (all gradients), the *step* 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from moetrain.config.routers import resolve_router
@@ -62,7 +63,7 @@ class Memory:
     @property
     def total(self) -> float:
         """On the device."""
-        return sum(getattr(self, part) for part in PARTS)
+        return math.fsum(getattr(self, part) for part in PARTS)
 
 
 PARTS = tuple(field.name for field in fields(Memory) if field.name != "host")
@@ -109,9 +110,20 @@ def memory_of(
     always = _standing(model, layout, load)
     kept = _activations(model, layout, tokens=layout.micro_batch * sequence_length, imbalance=imbalance, device=device)
     moments = (
-        replace(always, **kept, gradients=_gradients_between(model, layout, load), buffers=_empty_bucket(model, layout, load, device)),
-        replace(always, gradients=_gradients_at_the_end(model, layout, load), buffers=_buckets(model, layout, load)),
-        replace(always, gradients=_gradients_at_the_step(model, layout, load), buffers=_step_copies(model, layout, load)),
+        replace(
+            always,
+            **kept,
+            gradients=_gradients_between(model, layout, load),
+            buffers=_empty_bucket(model, layout, device=device),
+        ),
+        replace(
+            always,
+            gradients=_gradients_at_the_end(model, layout, load),
+            buffers=_buckets(model, layout, load, device=device),
+        ),
+        replace(
+            always, gradients=_gradients_at_the_step(model, layout, load), buffers=_step_copies(model, layout, load)
+        ),
     )
     fullest = max(moments, key=lambda moment: moment.total)
     return replace(fullest, slack=slack * fullest.total, framework=FRAMEWORK_BYTES[device])
@@ -191,19 +203,21 @@ def _gradients_at_the_step(model: ModelConfig, layout: Layout, load: _Load) -> f
     return 0.0 if layout.offload_optimizer else 4 * load.share
 
 
-def _buckets(model: ModelConfig, layout: Layout, load: _Load) -> float:
+def _buckets(model: ModelConfig, layout: Layout, load: _Load, *, device: str) -> float:
     if layout.zero_stage == 0 or layout.gpus == 1:
         return 0.0
     filled = max(min(BUCKET_ELEMENTS, load.local), load.largest if load.largest > BUCKET_ELEMENTS else 0.0)
     if _is_bf16_optimizer(model, layout):
         return 4 * filled  # gradients that go together are copied into one piece
-    if layout.zero_stage == 1:
-        return 0.0
     # what goes to one rank is copied, in fp32, out of the bucket; a tensor larger than the bucket goes by itself
-    return _width(model) * filled + 4 * min(filled, max(load.dense_share, load.experts_share))
+    copies = 4 * min(filled, max(load.dense_share, load.experts_share))
+    if layout.zero_stage == 1:
+        # gradients move into the bucket, so that what is in it is counted already
+        return _empty_bucket(model, layout, device=device) + copies
+    return _width(model) * filled + copies
 
 
-def _empty_bucket(model: ModelConfig, layout: Layout, load: _Load, device: str) -> float:
+def _empty_bucket(model: ModelConfig, layout: Layout, *, device: str) -> float:
     """The bucket is there from the beginning of the backward pass; on a CPU its pages are not, until it is filled."""
     if device == "cpu" or layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
         return 0.0
@@ -222,42 +236,41 @@ def _activations(
 ) -> dict[str, float]:
     """The parts of ``Memory`` that a forward pass fills."""
     width, rows_at = _width(model), tokens * imbalance
-    dense, sparse = _attention(model, device=device) * tokens, 0.0
-    kept: dict[str, float] = {"activations": 0.0, "experts": 0.0}
-    fullest_block = {"activations": 0.0, "experts": 0.0}
-    for block in range(model.num_layers):
-        if is_moe_block(model, block=block):
-            own, sparse = _moe_outside(model) * tokens, _moe_inside(model, tokens, rows_at, layout, device=device)
-        else:
-            own, sparse = width * (model.d_model + _hidden(model, model.d_ff, model.activation)) * tokens, 0.0
-        whole = {"activations": dense + own, "experts": sparse}
-        for part, size in whole.items():
-            fullest_block[part] = max(fullest_block[part], size)
-        for part, size in _kept(whole, model, layout, block=block, tokens=tokens, rows_at=rows_at).items():
-            kept[part] += size
+    attention = _attention(model, device=device) * tokens
+    sparse = sum(is_moe_block(model, block=block) for block in range(model.num_layers))
+    blocks = []
+    if sparse:
+        inside = _moe_inside(model, tokens, rows_at, layout, device=device)
+        blocks.append((True, sparse, attention + _moe_outside(model) * tokens, inside))
+    if sparse < model.num_layers:
+        own = width * (model.d_model + _hidden(model, model.d_ff, model.activation)) * tokens
+        blocks.append((False, model.num_layers - sparse, attention + own, 0.0))
+    outside, experts = 0.0, 0.0
+    for is_sparse, many, whole_outside, whole_inside in blocks:
+        left = (whole_outside, whole_inside)
+        if layout.recompute != "none":
+            left = _left_by_recompute(model, layout, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at)
+        outside, experts = outside + many * left[0], experts + many * left[1]
     if layout.recompute != "none":
         # one block is whole again while its backward runs; the logits are gone by then, but this is the safe side
-        kept = {part: size + fullest_block[part] for part, size in kept.items()}
+        outside += max(block[2] for block in blocks)
+        experts += max(block[3] for block in blocks)
     last_norm = _norm(model, device=device) * tokens + width * model.d_model * tokens
-    kept["activations"] += last_norm
-    kept["logits"] = 12.0 * model.vocab_size * tokens
-    return kept
+    return {"activations": outside + last_norm, "experts": experts, "logits": 12.0 * model.vocab_size * tokens}
 
 
-def _kept(
-    whole: dict[str, float], model: ModelConfig, layout: Layout, *, block: int, tokens: float, rows_at: float
-) -> dict[str, float]:
-    """What recomputation leaves of a block's activations."""
+def _left_by_recompute(
+    model: ModelConfig, layout: Layout, *, is_sparse: bool, tokens: float, rows_at: float
+) -> tuple[float, float]:
+    """What recomputation leaves of a block, outside its experts and inside."""
     stream = _width(model) * model.d_model
-    if layout.recompute == "none":
-        return whole
     if layout.recompute == "full":
-        return {"activations": stream * tokens, "experts": 0.0}
-    if not is_moe_block(model, block=block) or model.moe is None:
-        return {"activations": 2 * stream * tokens, "experts": 0.0}
+        return stream * tokens, 0.0
+    if not is_sparse or model.moe is None:
+        return 2 * stream * tokens, 0.0
     top_k = model.moe.top_k
     routing = (12 * model.moe.num_experts + 32 * top_k) * tokens
-    return {"activations": 2 * stream * tokens + routing, "experts": stream * top_k * (rows_at + tokens)}
+    return 2 * stream * tokens + routing, stream * top_k * (rows_at + tokens)
 
 
 def _norm(model: ModelConfig, *, device: str) -> float:

@@ -55,7 +55,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, part) for part in TIMES)
+        return math.fsum(getattr(self, part) for part in TIMES)
 
 
 TIMES = tuple(field.name for field in fields(StepTime))
@@ -160,7 +160,9 @@ def _all_to_all(
     trips = layers * (6 if layout.recompute == "full" else 4)
     in_node = min(size, cluster.gpus_per_node)
     sent = tokens * moe.top_k * model.d_model * (2 if model.dtype == "bf16" else 4) * imbalance
-    near = LATENCY["node"] * math.log2(max(2, in_node)) + sent * (in_node - 1) / size / _link(cluster.nvlink_gb_per_second)
+    near = LATENCY["node"] * math.log2(max(2, in_node)) + sent * (in_node - 1) / size / _link(
+        cluster.nvlink_gb_per_second
+    )
     if size <= cluster.gpus_per_node:
         return trips * near, 0.0
     far = LATENCY["network"] * math.log2(size) + sent * (size - in_node) / size / _link(cluster.network_gb_per_second)

@@ -84,7 +84,9 @@ def test_a_file_that_holds_no_settings_is_told(mine: Path, text: str) -> None:
     assert "mine" in refused(mine, text)
 
 
-@pytest.mark.parametrize("override", ["cluster.memory_gb=-80", "cluster.gpus_per_node=0", "cluster.price_per_gpu_hour=inf"])
+@pytest.mark.parametrize(
+    "override", ["cluster.memory_gb=-80", "cluster.gpus_per_node=0", "cluster.price_per_gpu_hour=inf"]
+)
 def test_a_number_that_cannot_be_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="must be above 0 and finite"):
         read("h100_ib", override)
