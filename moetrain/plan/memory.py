@@ -175,30 +175,28 @@ def _standing(model: ModelConfig, layout: Layout, load: _Load) -> Memory:
 def _gradients_between(model: ModelConfig, layout: Layout, load: _Load) -> float:
     """Gradients that wait while the next micro-batch runs forward."""
     if _is_bf16_optimizer(model, layout):
-        # one fp32 buffer, and bf16 gradients that are set to 0, never let go
-        return (4 + _width(model)) * load.local
+        return 4 * load.local  # one buffer, always there
     if layout.accumulation == 1 or layout.offload_optimizer:
         return 0.0
     return 4 * (load.share if layout.zero_stage >= 2 else load.local)
 
 
 def _gradients_at_the_end(model: ModelConfig, layout: Layout, load: _Load) -> float:
-    """When the last micro-batch's backward is over: its own beside those that waited."""
-    if _is_bf16_optimizer(model, layout):
-        return (4 + _width(model)) * load.local
-    if layout.zero_stage == 0:
+    """While the last micro-batch's gradients are reduced; those in the bucket are counted in ``_buckets``."""
+    if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
         return 4 * load.local
+    # the reduced share has a buffer of its own, which comes with the first full bucket; in bf16, before
+    own = 4 * load.share if model.dtype == "bf16" or load.local > BUCKET_ELEMENTS else 0.0
     if layout.zero_stage == 1:
-        # the reduced share is gathered in a buffer of its own while the rest is still there
-        return 4 * (load.local + load.share)
-    waiting = 0.0 if layout.offload_optimizer or layout.accumulation == 1 else 4 * load.share
-    return waiting + (0.0 if layout.offload_optimizer else 4 * load.share)
+        return 4 * load.local + own
+    if layout.offload_optimizer:
+        return 0.0
+    waiting = 4 * load.share if layout.accumulation > 1 and model.dtype == "fp32" else 0.0
+    return waiting + own
 
 
 def _gradients_at_the_step(model: ModelConfig, layout: Layout, load: _Load) -> float:
-    if _is_bf16_optimizer(model, layout):
-        return (4 + _width(model)) * load.local
-    if layout.zero_stage == 0:
+    if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
         return 4 * load.local
     return 0.0 if layout.offload_optimizer else 4 * load.share
 
@@ -207,10 +205,12 @@ def _buckets(model: ModelConfig, layout: Layout, load: _Load, *, device: str) ->
     if layout.zero_stage == 0 or layout.gpus == 1:
         return 0.0
     filled = max(min(BUCKET_ELEMENTS, load.local), load.largest if load.largest > BUCKET_ELEMENTS else 0.0)
+    # what goes to one group of ranks is copied into one piece, and a bf16 piece then to fp32; a tensor larger than the
+    # bucket goes by itself
+    together = min(filled, max(load.dense, load.experts))
     if _is_bf16_optimizer(model, layout):
-        return 4 * filled  # gradients that go together are copied into one piece
-    # what goes to one rank is copied, in fp32, out of the bucket; a tensor larger than the bucket goes by itself
-    copies = 4 * min(filled, max(load.dense_share, load.experts_share))
+        return 4 * together
+    copies = together * (4 if model.dtype == "fp32" else 6)
     if layout.zero_stage == 1:
         # gradients move into the bucket, so that what is in it is counted already
         return _empty_bucket(model, layout, device=device) + copies
