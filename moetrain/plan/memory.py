@@ -21,6 +21,8 @@ from moetrain.plan.layout import Layout
 
 BUCKET_ELEMENTS = 50_000_000
 """Of the engine's reduction buffer, as ``train.engine`` sets it."""
+UNSHARDED_BUCKET_ELEMENTS = 500_000_000
+"""The same at stage 0: DeepSpeed's constant MEMORY_OPT_ALLREDUCE_SIZE."""
 LIVE_ELEMENTS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at most."""
 FRAMEWORK_BYTES = {"cuda": 2.0e9, "cpu": 0.0}
@@ -183,7 +185,9 @@ def _gradients_between(model: ModelConfig, layout: Layout, load: _Load) -> float
 
 def _gradients_at_the_end(model: ModelConfig, layout: Layout, load: _Load) -> float:
     """While the last micro-batch's gradients are reduced; those in the bucket are counted in ``_buckets``."""
-    if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
+    if _is_bf16_optimizer(model, layout):
+        return 4 * load.local + 6 * load.largest  # one in bf16, and as it is added up in fp32
+    if layout.zero_stage == 0:
         return 4 * load.local
     # the reduced share has a buffer of its own, which comes with the first full bucket; in bf16, before
     own = 4 * load.share if model.dtype == "bf16" or load.local > BUCKET_ELEMENTS else 0.0
@@ -202,14 +206,14 @@ def _gradients_at_the_step(model: ModelConfig, layout: Layout, load: _Load) -> f
 
 
 def _buckets(model: ModelConfig, layout: Layout, load: _Load, *, device: str) -> float:
-    if layout.zero_stage == 0 or layout.gpus == 1:
-        return 0.0
+    if _is_bf16_optimizer(model, layout):
+        return 0.0  # its one buffer is reduced in place
+    if layout.zero_stage == 0:
+        return 4 * min(UNSHARDED_BUCKET_ELEMENTS, max(load.dense, load.experts))
     filled = max(min(BUCKET_ELEMENTS, load.local), load.largest if load.largest > BUCKET_ELEMENTS else 0.0)
     # what goes to one group of ranks is copied into one piece, and a bf16 piece then to fp32; a tensor larger than the
     # bucket goes by itself
     together = min(filled, max(load.dense, load.experts))
-    if _is_bf16_optimizer(model, layout):
-        return 4 * together
     copies = together * (4 if model.dtype == "fp32" else 6)
     if layout.zero_stage == 1:
         # gradients move into the bucket, so that what is in it is counted already
@@ -225,8 +229,8 @@ def _empty_bucket(model: ModelConfig, layout: Layout, *, device: str) -> float:
 
 
 def _step_copies(model: ModelConfig, layout: Layout, load: _Load) -> float:
-    """The flat gradient of one group of parameters, made before it is stepped on."""
-    if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout) or layout.offload_optimizer:
+    """The flat gradient of one group of parameters, made before it is stepped on; in bf16 a copy of that size, too."""
+    if layout.zero_stage == 0 or layout.offload_optimizer:
         return 0.0
     return 4 * max(load.dense_share, load.experts_share)
 
