@@ -135,14 +135,14 @@ class TestHelp:
             if verb in ("train", "prepare"):
                 done = moetrain_in_process("train", *words, *([] if "--dry-run" in words else ["--dry-run"]))
                 assert (done.returncode, done.stderr) == (0, ""), line
-            elif verb == "config":
+            elif verb in ("config", "plan"):
                 assert moetrain_in_process(verb, *words).returncode == 0, line
 
 
 class TestWords:
     def test_an_unknown_verb_is_told_with_those_there_are(self, moetrain_in_process):
         done = moetrain_in_process("tran")
-        assert_told(done, "there is no verb 'tran': use train, prepare, config, sample; see moetrain --help")
+        assert_told(done, "there is no verb 'tran': use train, prepare, config, plan, sample; see moetrain --help")
 
     @pytest.mark.parametrize("verb", ["train", "prepare", "config"])
     def test_an_unknown_option_is_told(self, moetrain_in_process, verb):

@@ -19,6 +19,8 @@ TOKENS_PER_STEP = 4_000_000
 """When nobody says: GPT-3 (arXiv:2005.14165, table 2.1) took 3.2 M, OLMoE (arXiv:2409.02060, table 10) 4.2 M."""
 STEPS_AT_LEAST = 1000
 """A short run takes a smaller batch, so that it has this many steps."""
+WORTH_TELLING = 0.95
+"""What ``train`` does not run is told of where it is better by this factor at least."""
 CHECKPOINT_BYTES = 12
 """Of a parameter: master and both moments in fp32."""
 
@@ -127,7 +129,8 @@ def search(question: Question, cluster: Cluster, *, efficiency: float, offer: Of
     order = _order(question.objective)
     plans = sorted((plan for plan in fitting if offer.takes(plan.layout)), key=order)
     others = sorted((plan for plan in fitting if not offer.takes(plan.layout)), key=order)
-    beyond = others[0] if others and (not plans or order(others[0]) < order(plans[0])) else None
+    is_better = bool(others) and (not plans or order(others[0])[0] < WORTH_TELLING * order(plans[0])[0])
+    beyond = others[0] if is_better else None
     return Answer(
         plans=plans,
         refusals=[_refusal(reason, found) for reason, found in refused.items()],
@@ -252,17 +255,16 @@ def _missing(question: Question, cluster: Cluster) -> str:
     """What no layout gets round: told where not even one that ``train`` does not run would fit."""
     gpus = max(question.nodes) * cluster.gpus_per_node
     experts = 1 if question.model.moe is None else math.gcd(gpus, question.model.moe.num_experts)
-    smallest = Layout(gpus=gpus, expert_parallel=experts, zero_stage=3, recompute="full")
+    layout = Layout(gpus=gpus, expert_parallel=experts, zero_stage=3, recompute="full", offload_optimizer=True)
     memory = memory_of(
-        question.model, smallest, sequence_length=question.sequence_length, imbalance=question.imbalance,
+        question.model, layout, sequence_length=question.sequence_length, imbalance=question.imbalance,
         device=cluster.device,
     )  # fmt: skip
-    state = (memory.weights + memory.masters + memory.moments + memory.gradients) / GB
-    work = (memory.activations + memory.experts + memory.logits + memory.buffers) / GB
     return (
-        f"even spread over all {gpus:,} devices (ZeRO-3, EP {experts}, full recompute, micro-batch 1) it takes "
-        f"{memory.total / GB:,.0f} GB of {cluster.memory_gb:,.0f} on each: {state:,.0f} GB of weights and optimizer, "
-        f"{work:,.0f} GB of activations and buffers. Use more nodes, shorter sequences (batch.sequence_length), or a "
-        "cluster with more memory; tensor and pipeline parallelism, which would split a block or the stack of blocks, "
-        "are not there"
+        f"Even spread over all {gpus:,} devices, with all that is known here to save memory ({layout_kind(layout)}, EP "
+        f"{experts}, micro-batch 1), it takes {memory.total / GB:,.0f} GB of {cluster.memory_gb:,.0f} on each "
+        f"({_largest_parts(memory)}) and {memory.host * cluster.gpus_per_node / GB:,.0f} GB of "
+        f"{cluster.host_memory_gb:,.0f} on each host. Use more nodes, shorter sequences (batch.sequence_length) or a "
+        "cluster with more memory. Tensor and pipeline parallelism, which would split a block or the stack of blocks, "
+        "are not there."
     )

@@ -129,7 +129,7 @@ def plan_bars(plans: Sequence[Any], path: Path, *, title: str, limit_gb: float) 
     from matplotlib.figure import Figure
 
     with style.context(_STYLE, after_reset=True):
-        figure = Figure(figsize=(11, 2.4 + 0.42 * len(plans)), layout="constrained")
+        figure = Figure(figsize=(11, 1.9 + 0.5 * len(plans)), layout="constrained")
         left, right = figure.subplots(1, 2)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         names = [_layout_name(plan) for plan in plans]
@@ -150,7 +150,7 @@ def _layout_name(plan: Any) -> str:
     layout = plan.layout
     offload = ", offload" if layout.offload_optimizer else ""
     return (
-        f"{layout.gpus:,} x EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}{offload}\n"
+        f"{layout.gpus:,} devices, EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}{offload}\n"
         f"recompute {layout.recompute}, {layout.micro_batch} x {layout.accumulation}"
     )
 
@@ -171,7 +171,8 @@ def _stacked(
             axes.barh(range(len(bars)), widths, left=left, height=0.62, color=palette(index % palette.N), label=label)
         left = [before + width for before, width in zip(left, widths, strict=True)]
     for row, total in enumerate(left):
-        axes.text(total, row, f" {total:,.3g}", va="center", fontsize=8)
+        axes.annotate(f"{total:,.3g}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     axes.set_yticks(range(len(bars)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, max(left) * 1.12)

@@ -74,14 +74,14 @@ def _heading(question: Question, cluster: Cluster, *, title: str, efficiency: fl
         f"  {format_count(round(question.tokens))} tokens in sequences of {question.sequence_length:,}, "
         f"{flops:.3g} FLOPs a token (attention included), {flops * question.tokens:.3g} in all\n"
         f"  {cluster.gpu}: {cluster.memory_gb:,.0f} GB, {cluster.peak_flops(question.model.dtype) / 1e12:,.4g} TFLOP/s "
-        f"of {question.model.dtype} by the datasheet, of which {efficiency:.0%} ({where})\n"
+        f"of {question.model.dtype} at best, {efficiency:.0%} of it reached in matrix products ({where})\n"
         f"  head-room for {question.imbalance:g} times the mean load at the fullest device\n"
     )
 
 
 def _table(plans: Sequence[Plan], cluster: Cluster) -> Table:
     table = Table("", "nodes", "GPUs", "EP", "ZeRO", "recompute", "micro x accum.", "memory", "step", "tokens/s", "MFU",
-                  "days", "GPU-hours", "cost", "energy", box=None, pad_edge=False, header_style="dim")  # fmt: skip
+                  "length", "GPU-hours", "cost", "energy", box=None, pad_edge=False, header_style="dim")  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
     for number, plan in enumerate(plans, start=1):
@@ -90,10 +90,11 @@ def _table(plans: Sequence[Plan], cluster: Cluster) -> Table:
             str(number), f"{plan.nodes:,}", f"{layout.gpus:,}", str(layout.expert_parallel), str(layout.zero_stage),
             layout.recompute + (" +offload" if layout.offload_optimizer else ""),
             f"{layout.micro_batch} x {layout.accumulation}", f"{plan.memory.total / GB:,.1f} GB",
-            f"{plan.time.total:,.3g} s", f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}", f"{plan.days:,.3g}",
+            f"{plan.time.total:,.3g} s", f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}",
+            _duration(86400 * plan.days),
             f"{plan.gpu_hours:,.3g}" if plan.gpu_hours < 1000 else f"{plan.gpu_hours:,.0f}",
             "-" if plan.cost is None else f"{plan.cost:,.{0 if plan.cost >= 100 else 2}f} {cluster.currency}",
-            "-" if plan.energy_kwh is None else f"{plan.energy_kwh / 1000:,.3g} MWh",
+            "-" if plan.energy_kwh is None else _energy(plan.energy_kwh),
         )  # fmt: skip
     return table
 
@@ -145,7 +146,8 @@ def _beyond_text(answer: Answer) -> str:
     return (
         f"\nwhat train does not run in this version {verb}: {layout_kind(layout)}, EP {layout.expert_parallel} on "
         f"{layout.gpus:,} GPUs, micro-batch {layout.micro_batch} x {layout.accumulation}: "
-        f"{plan.memory.total / GB:,.1f} GB, {plan.time.total:,.3g} s a step, MFU {plan.mfu:.1%}, {plan.days:,.3g} days"
+        f"{plan.memory.total / GB:,.1f} GB, {plan.time.total:,.3g} s a step, MFU {plan.mfu:.1%}, "
+        f"{_duration(86400 * plan.days)}"
     )
 
 
@@ -154,6 +156,10 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.3g} {name}"
     return f"{seconds:,.3g} s"
+
+
+def _energy(kwh: float) -> str:
+    return f"{kwh / 1000:,.3g} MWh" if kwh >= 1000 else f"{kwh:,.3g} kWh"
 
 
 def _has_nodes() -> bool:
@@ -192,7 +198,7 @@ def experiment_text(
     head = (
         "# @package _global_\n"
         f"# {title}, planned: {layout.gpus:,} devices, {plan.memory.total / GB:,.1f} GB on each, "
-        f"{plan.time.total:,.3g} s a step, {plan.days:,.3g} days.\n"
+        f"{plan.time.total:,.3g} s a step, {_duration(86400 * plan.days)}.\n"
         f"#   moetrain {shlex.join(command)}\n"
         "# The learning rate and the rest of the training are not planned: they are those of configs/run.yaml.\n"
     )
