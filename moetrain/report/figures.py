@@ -128,21 +128,32 @@ def plan_bars(plans: Sequence[Any], path: Path, *, title: str, limit_gb: float) 
     from matplotlib import style
     from matplotlib.figure import Figure
 
+    rows = max(3, len(plans))
     with style.context(_STYLE, after_reset=True):
-        figure = Figure(figsize=(11, 1.9 + 0.5 * len(plans)), layout="constrained")
+        figure = Figure(figsize=(11, 2.1 + 0.5 * rows), layout="constrained")
         left, right = figure.subplots(1, 2)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         names = [_layout_name(plan) for plan in plans]
         left.set_title("memory of one device (GB)")
         _stacked(left, [plan.memory for plan in plans], PARTS, names=names, size=1e9, colours="tab10")
         left.axvline(limit_gb, color="0.2", linewidth=1.2, linestyle="--")
-        left.text(limit_gb, -0.62, f" {limit_gb:,.0f} GB", ha="right", va="bottom", fontsize=8, color="0.2")
+        left.text(
+            limit_gb, 1.01, f"{limit_gb:,.0f} GB", ha="center", va="bottom", fontsize=8, color="0.2",
+            transform=left.get_xaxis_transform(),
+        )  # fmt: skip
         left.set_xlim(0, limit_gb * 1.06)
         right.set_title("time of a step (s)")
-        _stacked(right, [plan.time for plan in plans], TIMES, names=[""] * len(plans), size=1.0, colours="Set2")
+        _stacked(right, [plan.time for plan in plans], TIMES, names=[""] * len(plans), size=1.0, colours="Paired")
         for axes in (left, right):
             axes.grid(axis="y", visible=False)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8, handlelength=1.0)
+            axes.set_ylim(rows - 0.5, -0.5)
+            axes.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.45 / (0.5 * rows + 0.6)),
+                ncols=4,
+                fontsize=8,
+                handlelength=1.0,
+            )
         _save(figure, path)
 
 
@@ -174,7 +185,6 @@ def _stacked(
         axes.annotate(f"{total:,.3g}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     axes.set_yticks(range(len(bars)), names)
-    axes.invert_yaxis()
     axes.set_xlim(0, max(left) * 1.12)
 
 
