@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import yaml
 import moetrain
 from moetrain.cli import main as cli
 from moetrain.cli.options import Options, settings
+from moetrain.config.freeze import write_run
 
 MIXTRAL = ("model=mixtral_8x7b", "cluster=h200_ib", "nodes=16", "tokens=2T", "batch.sequence_length=4096")
 
@@ -160,3 +163,43 @@ def test_a_plan_takes_two_seconds_and_no_torch() -> None:
     assert not set(yaml.safe_load(done.stderr)) & {"torch", "numpy", "deepspeed", "matplotlib"}
     # seconds of computing, not of waiting for a busy machine
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def a_run(place: Path, *, tokens_per_second: list[float]) -> Path:
+    """A run directory as train leaves it."""
+    directory = place / "runs" / "tiny"
+    directory.mkdir(parents=True)
+    run, _ = settings(Options.read(["launch.processes=2", "name=tiny"]))
+    write_run(run, directory)
+    lines = [{"step": 10 * n, "tokens_per_second": speed, "max_over_mean": [1.1, 1.2]}
+             for n, speed in enumerate(tokens_per_second, start=1)]  # fmt: skip
+    (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return directory
+
+
+def test_runs_are_compared_with_the_plan_and_calibrate_it(plan, place) -> None:
+    a_run(place, tokens_per_second=[10.0, 8000.0, 8000.0, 9000.0])
+    code, out, err = plan("compare", "runs/tiny", "cluster=cpu")
+    assert (code, err) == (0, "")
+    assert " 8,000 " in out, "the median of all but the first stretch, which holds the start"
+    right = re.search(r"cluster\.efficiency=([0-9.]+)", out)
+    assert right is not None
+    _, again, _ = plan("compare", "runs/tiny", "cluster=cpu", f"cluster.efficiency={right[1]}")
+    assert re.search(r"[+-]0%", again), again
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("cluster=cpu",), "no run is named"),
+        (("runs/tiny",), "cluster is not given"),
+        (("runs/none", "cluster=cpu"), "runs/none/run.yaml does not exist"),
+        (("runs/tiny", "cluster=cpu", "model=tiny"), "'model=tiny' is no word of plan compare"),
+        (("runs/tiny", "cluster=cpu"), "has logged no two stretches of steps yet"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(plan, place, words, told) -> None:
+    a_run(place, tokens_per_second=[10.0])
+    code, _, err = plan("compare", *words)
+    assert code == 2
+    assert told in err

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HELP = {
     "plan": """usage: moetrain plan cluster=NAME [nodes=N] [tokens=T] [objective=time|cost|gpus] [key=value …]
                      [--write FILE.yaml] [--picture FILE.png] [--config-dir DIR]
+       moetrain plan compare RUN_DIR… cluster=NAME
 
 Says which layouts of a model fit a cluster, how long a run takes on each and what it costs, the best first; and why
 each of the others does not fit. No GPU and no torch is needed. What it goes by: docs/plan.md.
@@ -32,6 +33,8 @@ each of the others does not fit. No GPU and no torch is needed. What it goes by:
   --picture FILE.png  memory and time of the layouts shown
 
 Other settings are those of train: model=…, batch.global_batch=…, batch.sequence_length=…, model.dtype=….
+
+`plan compare` puts the measured steps of runs beside the plan, and says which cluster.efficiency would have been right.
 
 examples:
   moetrain plan model=mixtral_8x7b cluster=h100_ib nodes=16 tokens=2T batch.sequence_length=4096
@@ -77,6 +80,8 @@ class _Model:
 
 def plan(words: Sequence[str]) -> int:
     """The verb `plan`."""
+    if words and words[0] == "compare":
+        return _compare(words[1:])
     write, rest = _file_option(words, "--write", ending=".yaml")
     picture, rest = _file_option(rest, "--picture", ending=".png")
     options = Options.read(rest)
@@ -147,6 +152,27 @@ def _asked(overrides: Sequence[str]) -> tuple[_Asked, list[str]]:
         raise ConfigError(problems)
     asked = _Asked(given["cluster"], nodes, tokens, objective, imbalance or 1.0, int(show or 1), of_cluster)
     return asked, rest
+
+
+def _compare(words: Sequence[str]) -> int:
+    """Runs of ours beside the plan for the cluster they ran on."""
+    options = Options.read(words)
+    run_dirs = [Path(word) for word in options.overrides if "=" not in word]
+    asked, left = _asked([word for word in options.overrides if "=" in word])
+    problems = [f"'{word}' is no word of plan compare: name run directories and cluster=NAME" for word in left]
+    if not run_dirs:
+        problems.append("no run is named: write moetrain plan compare RUN_DIR… cluster=NAME")
+    if problems:
+        raise ConfigError(problems)
+    from moetrain.config.freeze import read_run
+    from moetrain.metrics.log import read_metrics
+    from moetrain.plan.published import own_run
+    from moetrain.report.plan import comparison_screen
+
+    cluster, efficiency = _cluster(asked, options)
+    runs = [own_run(read_run(each), read_metrics(each / "metrics.jsonl"), cluster=asked.cluster) for each in run_dirs]
+    comparison_screen(runs, cluster, name=asked.cluster, efficiency=efficiency)
+    return 0
 
 
 def _amount(text: str) -> float | None:

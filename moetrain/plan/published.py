@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from moetrain.config.freeze import freeze_section
-from moetrain.config.schema import ModelConfig
+from moetrain.config.schema import ModelConfig, RunConfig
+from moetrain.errors import DataError
 from moetrain.plan.cluster import Cluster
 from moetrain.plan.layout import Layout
 from moetrain.plan.time import Conditions, StepTime, step_time
@@ -34,6 +35,8 @@ class Run:
     overlap: float
     measured: float
     """Tokens per second and GPU."""
+    imbalance: float = 1.0
+    """Rows at the fullest device over the mean; benchmarks force an even load."""
     note: str = ""
 
     @property
@@ -42,8 +45,7 @@ class Run:
 
     def time(self, cluster: Cluster, *, efficiency: float) -> StepTime:
         """Its step, predicted."""
-        # benchmarks force an even load
-        conditions = Conditions(efficiency=efficiency, imbalance=1.0, overlap=self.overlap)
+        conditions = Conditions(efficiency=efficiency, imbalance=self.imbalance, overlap=self.overlap)
         return step_time(self.model, self.layout, cluster, sequence_length=self.sequence_length, conditions=conditions)
 
     def predicted(self, cluster: Cluster, *, efficiency: float) -> float:
@@ -76,6 +78,46 @@ def calibrate(runs: Iterable[Run], clusters: Mapping[str, Cluster]) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if bias(middle) < 0 else (low, middle)
     return low
+
+
+def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str) -> Run:
+    """A run of ours as one to compare with, and to calibrate on.
+
+    Args:
+        run: resolved, as in its run.yaml.
+        lines: of its metrics.jsonl.
+        cluster: the file of the hardware it ran on.
+
+    Raises:
+        DataError: the run has logged no speed after its first line, which holds the start.
+    """
+    steps = [line for line in lines if line.get("tokens_per_second")][1:]
+    if not steps:
+        raise DataError(f"{run.run_dir} has logged no two stretches of steps yet: let it run on")
+    gpus = (run.launch.processes or 1) * (getattr(run.launch, "nodes", None) or 1)
+    micro_batch = run.batch.micro_batch or 1
+    layout = Layout(
+        gpus=gpus,
+        expert_parallel=run.parallel.expert_parallel or 1,
+        zero_stage=run.parallel.zero_stage,
+        recompute=getattr(run.parallel, "recompute", "none"),
+        offload_optimizer=getattr(run.parallel, "offload_optimizer", False),
+        micro_batch=micro_batch,
+        accumulation=run.batch.global_batch // (micro_batch * gpus),
+    )
+    # what the fullest expert had bounds what the fullest device had
+    skews = [max(line["max_over_mean"]) for line in steps if line.get("max_over_mean")]
+    return Run(
+        name=str(run.run_dir),
+        cluster=cluster,
+        source=str(run.run_dir),
+        model=run.model,
+        layout=layout,
+        sequence_length=run.batch.sequence_length or run.model.context,
+        overlap=0.0,
+        measured=statistics.median(line["tokens_per_second"] for line in steps) / gpus,
+        imbalance=statistics.median(skews) if skews and layout.expert_parallel > 1 else 1.0,
+    )
 
 
 def alike(run: Run, others: Sequence[Run], clusters: Mapping[str, Cluster]) -> list[Run]:

@@ -18,6 +18,7 @@ from moetrain.config.schema import LaunchConfig, ParallelConfig
 from moetrain.plan.cluster import GB, Cluster
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
 from moetrain.plan.memory import PARTS
+from moetrain.plan.published import Run, calibrate
 from moetrain.plan.search import Answer, Plan, Question, layout_kind
 from moetrain.plan.time import TIMES
 
@@ -57,6 +58,33 @@ def plan_screen(
         console.print(
             f"\nthis version starts processes on one machine alone: {plans[0].nodes} nodes are planned, not launched"
         )
+
+
+def comparison_screen(runs: Sequence[Run], cluster: Cluster, *, name: str, efficiency: float) -> None:
+    """Print runs beside the plan, and the efficiency at which the plan would be right."""
+    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    console.print(f"planned for {name} at {efficiency:.0%} of its peak in matrix products", markup=False)
+    table = Table("run", "GPUs", "EP", "ZeRO", "load", "tokens/s", "planned", "off", "step", "planned", box=None,
+                  pad_edge=False, header_style="dim")  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for run in runs:
+        planned = run.predicted(cluster, efficiency=efficiency)
+        seconds = run.time(cluster, efficiency=efficiency).total
+        layout = run.layout
+        table.add_row(
+            escape(run.name), f"{layout.gpus:,}", str(layout.expert_parallel), str(layout.zero_stage),
+            f"{run.imbalance:.2f}", f"{run.measured * layout.gpus:,.0f}", f"{planned * layout.gpus:,.0f}",
+            f"{planned / run.measured - 1:+.0%}", f"{seconds * planned / run.measured:.3g} s", f"{seconds:.3g} s",
+        )  # fmt: skip
+    console.print(table)
+    right = calibrate(runs, {name: cluster})
+    if right >= 1:
+        console.print(
+            "the runs are faster than the plan at any efficiency: the rates of the cluster's file are too low"
+        )
+    else:
+        console.print(f"right on these runs: cluster.efficiency={right:.3f}")
 
 
 def _heading(question: Question, cluster: Cluster, *, title: str, efficiency: float) -> str:

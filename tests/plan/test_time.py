@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from moetrain.plan.layout import Layout
 from moetrain.plan.published import Run, alike, calibrate, published_runs
 from moetrain.plan.time import LATENCY, REACHED, TIMES, Conditions, StepTime, step_time
 
+ROOT = Path(__file__).parents[2]
 RUNS = published_runs()
 CLUSTERS = {name: read_cluster(compose_file("cluster", name), name=name) for name in {run.cluster for run in RUNS}}
 MISSED = {"Qwen3 30B-A3B", "DeepSpeed-MoE 1.3B+MoE-128"}
@@ -106,3 +108,13 @@ def test_a_slower_network_costs_gradients_that_cross_it_alone() -> None:
     slow = replace(H100, network_gb_per_second=5.0)
     assert seconds(Layout(gpus=16), cluster=slow).dense_gradients > seconds(Layout(gpus=16)).dense_gradients
     assert seconds(Layout(gpus=8), cluster=slow).total == seconds(Layout(gpus=8)).total
+
+
+def test_the_table_of_the_docs_is_what_comes_out() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "plan.md").read_text().splitlines() if "ZeRO-" in line]
+    told = [(row[1].strip(), *(cell.strip().strip("*") for cell in row[3:6])) for row in rows if len(row) == 7]
+    assert len(told) == len(RUNS)
+    for run, row in zip(RUNS, told, strict=True):
+        efficiency = calibrate(alike(run, RUNS, CLUSTERS), CLUSTERS)
+        predicted = run.predicted(CLUSTERS[run.cluster], efficiency=efficiency)
+        assert row == (run.name, f"{run.measured:,.0f}", f"{predicted:,.0f}", f"{predicted / run.measured - 1:+.0%}")
