@@ -171,7 +171,7 @@ def a_run(place: Path, *, tokens_per_second: list[float]) -> Path:
     directory.mkdir(parents=True)
     run, _ = settings(Options.read(["launch.processes=2", "name=tiny"]))
     write_run(run, directory)
-    lines = [{"step": 10 * n, "tokens_per_second": speed, "max_over_mean": [1.1, 1.2]}
+    lines = [{"step": 10 * n, "tokens_per_second": speed, "load": [[0.1] * 4 + [0.15] * 4, [0.125] * 8]}
              for n, speed in enumerate(tokens_per_second, start=1)]  # fmt: skip
     (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return directory
@@ -181,6 +181,7 @@ def test_runs_are_compared_with_the_plan_and_calibrate_it(plan, place) -> None:
     a_run(place, tokens_per_second=[10.0, 8000.0, 8000.0, 9000.0])
     code, out, err = plan("compare", "runs/tiny", "cluster=cpu")
     assert (code, err) == (0, "")
+    assert " 1.10 " in out, "the second of two ranks has 0.6 of the first layer's rows, half of the second layer's"
     assert " 8,000 " in out, "the median of all but the first stretch, which holds the start"
     right = re.search(r"cluster\.efficiency=([0-9.]+)", out)
     assert right is not None

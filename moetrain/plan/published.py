@@ -105,8 +105,7 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
         micro_batch=micro_batch,
         accumulation=run.batch.global_batch // (micro_batch * gpus),
     )
-    # what the fullest expert had bounds what the fullest device had
-    skews = [max(line["max_over_mean"]) for line in steps if line.get("max_over_mean")]
+    skews = [_skew(line["load"], devices=layout.expert_parallel) for line in steps if line.get("load")]
     return Run(
         name=str(run.run_dir),
         cluster=cluster,
@@ -116,8 +115,20 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
         sequence_length=run.batch.sequence_length or run.model.context,
         overlap=0.0,
         measured=statistics.median(line["tokens_per_second"] for line in steps) / gpus,
-        imbalance=statistics.median(skews) if skews and layout.expert_parallel > 1 else 1.0,
+        imbalance=statistics.median(skews) if skews else 1.0,
     )
+
+
+def _skew(share_LE: Sequence[Sequence[float]], *, devices: int) -> float:
+    """Rows at the fullest of the devices over the mean, on average over the layers: each layer waits for its own."""
+    fullest = []
+    for share_E in share_LE:
+        each = len(share_E) // devices
+        held = [
+            math.fsum(share or 0.0 for share in share_E[rank * each : (rank + 1) * each]) for rank in range(devices)
+        ]
+        fullest.append(max(held) * devices)
+    return statistics.fmean(fullest)
 
 
 def alike(run: Run, others: Sequence[Run], clusters: Mapping[str, Cluster]) -> list[Run]:
