@@ -109,7 +109,7 @@ def _heading(question: Question, cluster: Cluster, *, title: str, efficiency: fl
 
 def _table(plans: Sequence[Plan], cluster: Cluster) -> Table:
     table = Table("", "nodes", "GPUs", "EP", "ZeRO", "recompute", "micro x accum.", "memory", "step", "tokens/s", "MFU",
-                  "length", "GPU-hours", "cost", "energy", box=None, pad_edge=False, header_style="dim")  # fmt: skip
+                  "length", "GPU-hours", f"cost, {cluster.currency}", "energy", box=None, pad_edge=False, header_style="dim")  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
     for number, plan in enumerate(plans, start=1):
@@ -121,7 +121,7 @@ def _table(plans: Sequence[Plan], cluster: Cluster) -> Table:
             f"{plan.time.total:,.3g} s", f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}",
             _duration(86400 * plan.days),
             f"{plan.gpu_hours:,.3g}" if plan.gpu_hours < 1000 else f"{plan.gpu_hours:,.0f}",
-            "-" if plan.cost is None else f"{plan.cost:,.{0 if plan.cost >= 100 else 2}f} {cluster.currency}",
+            "-" if plan.cost is None else f"{plan.cost:,.{0 if plan.cost >= 100 else 2}f}",
             "-" if plan.energy_kwh is None else _energy(plan.energy_kwh),
         )  # fmt: skip
     return table
@@ -187,7 +187,8 @@ def _duration(seconds: float) -> str:
 
 
 def _energy(kwh: float) -> str:
-    return f"{kwh / 1000:,.3g} MWh" if kwh >= 1000 else f"{kwh:,.3g} kWh"
+    value, unit = (kwh / 1000, "MWh") if kwh >= 1000 else (kwh, "kWh")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:,.3g} {unit}"
 
 
 def _has_nodes() -> bool:
