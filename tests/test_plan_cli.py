@@ -43,8 +43,8 @@ def test_a_plan_tells_size_layouts_time_cost_and_checkpoints(plan) -> None:
     code, out, err = plan(*MIXTRAL)
     assert (code, err) == (0, "")
     for told in ("46.7 B parameters, 12.9 B active", "2.00 T tokens", "calibrated on published runs on H100",
-                 "GPU-hours", "cost, USD", "MWh", "MFU", "tokens/s", "Young/Daly", "memory on one device", "time of a step",
-                 "layouts do not fit", "expert gradients"):  # fmt: skip
+                 "GPU-hours", "cost, USD", "MWh", "MFU", "tokens/s", "Young/Daly", "memory on one device",
+                 "time of a step", "layouts do not fit", "expert gradients"):  # fmt: skip
         assert told in out, told
 
 

@@ -108,8 +108,9 @@ def _heading(question: Question, cluster: Cluster, *, title: str, efficiency: fl
 
 
 def _table(plans: Sequence[Plan], cluster: Cluster) -> Table:
-    table = Table("", "nodes", "GPUs", "EP", "ZeRO", "recompute", "micro x accum.", "memory", "step", "tokens/s", "MFU",
-                  "length", "GPU-hours", f"cost, {cluster.currency}", "energy", box=None, pad_edge=False, header_style="dim")  # fmt: skip
+    columns = ("", "nodes", "GPUs", "EP", "ZeRO", "recompute", "micro x accum.", "memory", "step", "tokens/s", "MFU",
+               "length", "GPU-hours", f"cost, {cluster.currency}", "energy")  # fmt: skip
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
     for number, plan in enumerate(plans, start=1):

@@ -21,7 +21,7 @@ from moetrain.plan import memory
 from moetrain.plan.flops import count_parameters
 from moetrain.plan.layout import Layout, offered
 from moetrain.plan.memory import PARTS, Memory, memory_of
-from moetrain.train.engine import BUCKET_ELEMENTS, Engine, deepspeed_config
+from moetrain.train.engine import Engine, deepspeed_config
 
 ALONE = Layout(gpus=1)
 MODEL = ModelConfig(vocab_size=512, context=128, num_layers=2, d_model=64, num_heads=4, d_ff=160,
@@ -67,7 +67,8 @@ def test_activations_are_what_autograd_keeps(variant: str, dtype: str) -> None:
 
 
 def test_the_engines_bucket_is_the_plans() -> None:
-    assert memory.BUCKET_ELEMENTS == BUCKET_ELEMENTS
+    config = deepspeed_config(micro_batch=1, accumulation=1, world_size=1, zero_stage=1, dtype="fp32", clip=1.0)
+    assert config["zero_optimization"]["reduce_bucket_size"] == memory.BUCKET_ELEMENTS
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
