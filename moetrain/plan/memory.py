@@ -5,8 +5,9 @@ Letters (one legend for the file)
     F hidden width of a feed-forward net     g 2 for a gated one, else 1      K experts per token, E experts
     R rows at the fullest device's experts, T x K x imbalance
 
-Three moments can be the fullest, and the fullest one counts: the *turn* from forward to backward (all activations and
-the logits), the *reduction* at the end of backward (all gradients), the *step* (gradients, and a flat copy of a share).
+Four moments can be the fullest, and the fullest one counts: the *turn* from forward to backward (all activations and
+the logits), the backward of the *first block*, which comes last (all gradients, one block whole and its gradients),
+the *reduction* after it (all gradients, buckets), and the *step* (gradients, and a flat copy of a share).
 """
 
 from __future__ import annotations
@@ -110,13 +111,24 @@ def memory_of(
     """
     load = _load(model, layout)
     always = _standing(model, layout, load)
-    kept = _activations(model, layout, tokens=layout.micro_batch * sequence_length, imbalance=imbalance, device=device)
+    tokens = layout.micro_batch * sequence_length
+    kept = _activations(model, layout, tokens=tokens, imbalance=imbalance, device=device)
+    block = kept.block
     moments = (
         replace(
             always,
-            **kept,
+            activations=kept.activations,
+            experts=kept.experts,
+            logits=12.0 * model.vocab_size * tokens,
             gradients=_gradients_between(model, layout, load),
-            buffers=_empty_bucket(model, layout, device=device),
+            buffers=_empty_bucket(model, layout, load, device=device),
+        ),
+        replace(
+            always,
+            activations=block.outside + kept.activations / model.num_layers,
+            experts=block.inside + kept.experts / model.num_layers,
+            gradients=_gradients_at_the_end(model, layout, load),
+            buffers=_empty_bucket(model, layout, load, device=device) + _reduced_at_once(model, layout, load),
         ),
         replace(
             always,
@@ -155,15 +167,14 @@ def _load(model: ModelConfig, layout: Layout) -> _Load:
 
 def _is_bf16_optimizer(model: ModelConfig, layout: Layout) -> bool:
     """DeepSpeed has another optimizer for bf16 at stage 1: it keeps fp32 gradients of all weights in one buffer."""
-    return model.dtype == "bf16" and layout.zero_stage <= 1
+    return model.dtype == "bf16" and layout.zero_stage <= 1 and not layout.offload_optimizer
 
 
 def _standing(model: ModelConfig, layout: Layout, load: _Load) -> Memory:
     """What is there all the time."""
     weights = _width(model) * load.local
     if layout.zero_stage == 3:
-        per_block = load.local / model.num_layers
-        gathered = min(LIVE_ELEMENTS + per_block, load.local, max(2 * per_block, 2 * BUCKET_ELEMENTS) + load.largest)
+        gathered = min(LIVE_ELEMENTS + load.local / model.num_layers, load.local)
         weights = _width(model) * (load.share + gathered)
     # at stage 0 the optimizer steps on the weights themselves
     masters = 0.0 if layout.zero_stage == 0 and model.dtype == "fp32" else 4 * load.share
@@ -178,6 +189,8 @@ def _gradients_between(model: ModelConfig, layout: Layout, load: _Load) -> float
     """Gradients that wait while the next micro-batch runs forward."""
     if _is_bf16_optimizer(model, layout):
         return 4 * load.local  # one buffer, always there
+    if layout.zero_stage == 3 and not layout.offload_optimizer:
+        return 4 * load.share  # the same
     if layout.accumulation == 1 or layout.offload_optimizer:
         return 0.0
     return 4 * (load.share if layout.zero_stage >= 2 else load.local)
@@ -190,12 +203,13 @@ def _gradients_at_the_end(model: ModelConfig, layout: Layout, load: _Load) -> fl
     if layout.zero_stage == 0:
         return 4 * load.local
     # the reduced share has a buffer of its own, which comes with the first full bucket; in bf16, before
-    own = 4 * load.share if model.dtype == "bf16" or load.local > BUCKET_ELEMENTS else 0.0
+    is_early = model.dtype == "bf16" or layout.zero_stage == 3
+    own = 4 * load.share if is_early or load.local > BUCKET_ELEMENTS else 0.0
     if layout.zero_stage == 1:
         return 4 * load.local + own
     if layout.offload_optimizer:
         return 0.0
-    waiting = 4 * load.share if layout.accumulation > 1 and model.dtype == "fp32" else 0.0
+    waiting = 4 * load.share if layout.accumulation > 1 and not is_early else 0.0
     return waiting + own
 
 
@@ -210,6 +224,8 @@ def _buckets(model: ModelConfig, layout: Layout, load: _Load, *, device: str) ->
         return 0.0  # its one buffer is reduced in place
     if layout.zero_stage == 0:
         return 4 * min(UNSHARDED_BUCKET_ELEMENTS, max(load.dense, load.experts))
+    if layout.zero_stage == 3:
+        return _empty_bucket(model, layout, load, device=device) + _reduced_at_once(model, layout, load)
     filled = max(min(BUCKET_ELEMENTS, load.local), load.largest if load.largest > BUCKET_ELEMENTS else 0.0)
     # what goes to one group of ranks is copied into one piece, and a bf16 piece then to fp32; a tensor larger than the
     # bucket goes by itself
@@ -217,15 +233,23 @@ def _buckets(model: ModelConfig, layout: Layout, load: _Load, *, device: str) ->
     copies = together * (4 if model.dtype == "fp32" else 6)
     if layout.zero_stage == 1:
         # gradients move into the bucket, so that what is in it is counted already
-        return _empty_bucket(model, layout, device=device) + copies
+        return _empty_bucket(model, layout, load, device=device) + copies
     return _width(model) * filled + copies
 
 
-def _empty_bucket(model: ModelConfig, layout: Layout, *, device: str) -> float:
-    """The bucket is there from the beginning of the backward pass; on a CPU its pages are not, until it is filled."""
-    if device == "cpu" or layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
+def _empty_bucket(model: ModelConfig, layout: Layout, load: _Load, *, device: str) -> float:
+    """The bucket is there before it is filled; on a CPU its pages are not: at stage 3 those that a block has filled."""
+    if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
         return 0.0
-    return _width(model) * BUCKET_ELEMENTS
+    if layout.zero_stage == 3:
+        return 4 * (BUCKET_ELEMENTS if device == "cuda" else min(BUCKET_ELEMENTS, load.local / model.num_layers))
+    return _width(model) * BUCKET_ELEMENTS if device == "cuda" else 0.0
+
+
+def _reduced_at_once(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    """At stage 3 gradients are reduced block by block: as they came, and twice in fp32."""
+    together = max(load.largest, min(BUCKET_ELEMENTS, load.local / model.num_layers))
+    return (_width(model) + 8) * together if layout.zero_stage == 3 else 0.0
 
 
 def _step_copies(model: ModelConfig, layout: Layout, load: _Load) -> float:
@@ -235,46 +259,77 @@ def _step_copies(model: ModelConfig, layout: Layout, load: _Load) -> float:
     return 4 * max(load.dense_share, load.experts_share)
 
 
-def _activations(
-    model: ModelConfig, layout: Layout, *, tokens: float, imbalance: float, device: str
-) -> dict[str, float]:
-    """The parts of ``Memory`` that a forward pass fills."""
+@dataclass(frozen=True)
+class _Block:
+    """Bytes of one block: outside its experts and inside."""
+
+    outside: float
+    inside: float
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a forward pass leaves."""
+
+    activations: float
+    experts: float
+    block: _Block
+    """One block in its backward pass: whole, recomputed or not, with the gradients of its largest parts."""
+
+
+def _activations(model: ModelConfig, layout: Layout, *, tokens: float, imbalance: float, device: str) -> _Kept:
     width, rows_at = _width(model), tokens * imbalance
     attention = _attention(model, device=device) * tokens
     sparse = sum(is_moe_block(model, block=block) for block in range(model.num_layers))
-    blocks = []
-    if sparse:
-        inside = _moe_inside(model, tokens, rows_at, layout, device=device)
-        blocks.append((True, sparse, attention + _moe_outside(model) * tokens, inside))
-    if sparse < model.num_layers:
-        own = width * (model.d_model + _hidden(model, model.d_ff, model.activation)) * tokens
-        blocks.append((False, model.num_layers - sparse, attention + own, 0.0))
-    outside, experts = 0.0, 0.0
-    for is_sparse, many, whole_outside, whole_inside in blocks:
-        left = (whole_outside, whole_inside)
+    outside, inside, whole = 0.0, 0.0, []
+    for is_sparse, many in ((True, sparse), (False, model.num_layers - sparse)):
+        if not many:
+            continue
+        block = _whole_block(model, layout, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at, device=device)
+        block = _Block(block.outside + attention, block.inside)
+        left = block
         if layout.recompute != "none":
             left = _left_by_recompute(model, layout, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at)
-        outside, experts = outside + many * left[0], experts + many * left[1]
-    if layout.recompute != "none":
-        # one block is whole again while its backward runs; the logits are gone by then, but this is the safe side
-        outside += max(block[2] for block in blocks)
-        experts += max(block[3] for block in blocks)
+        outside, inside = outside + many * left.outside, inside + many * left.inside
+        whole.append(_in_backward(model, layout, block, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at))
     last_norm = _norm(model, device=device) * tokens + width * model.d_model * tokens
-    return {"activations": outside + last_norm, "experts": experts, "logits": 12.0 * model.vocab_size * tokens}
+    fullest = max(whole, key=lambda block: block.outside + block.inside)
+    return _Kept(activations=outside + last_norm, experts=inside, block=fullest)
 
 
-def _left_by_recompute(
-    model: ModelConfig, layout: Layout, *, is_sparse: bool, tokens: float, rows_at: float
-) -> tuple[float, float]:
-    """What recomputation leaves of a block, outside its experts and inside."""
+def _whole_block(
+    model: ModelConfig, layout: Layout, *, is_sparse: bool, tokens: float, rows_at: float, device: str
+) -> _Block:
+    """The feed-forward of a block, nothing of it recomputed."""
+    if is_sparse:
+        return _Block(_moe_outside(model) * tokens, _moe_inside(model, tokens, rows_at, layout, device=device))
+    return _Block(_width(model) * (model.d_model + _hidden(model, model.d_ff, model.activation)) * tokens, 0.0)
+
+
+def _in_backward(
+    model: ModelConfig, layout: Layout, block: _Block, *, is_sparse: bool, tokens: float, rows_at: float
+) -> _Block:
+    width, moe = _width(model), model.moe
+    stream = 3 * width * model.d_model * tokens
+    if not is_sparse or moe is None:
+        return _Block(block.outside + stream + width * _hidden(model, model.d_ff, model.activation) * tokens, 0.0)
+    hidden = _hidden(model, moe.d_expert or model.d_ff, moe.activation or model.activation)
+    rows = width * moe.top_k * rows_at * (hidden + model.d_model)
+    # recomputed part by part, experts and attention are not whole at the same time
+    outside = stream if layout.recompute == "selective" else block.outside + stream
+    return _Block(outside, block.inside + rows)
+
+
+def _left_by_recompute(model: ModelConfig, layout: Layout, *, is_sparse: bool, tokens: float, rows_at: float) -> _Block:
+    """What recomputation leaves of a block."""
     stream = _width(model) * model.d_model
     if layout.recompute == "full":
-        return stream * tokens, 0.0
+        return _Block(stream * tokens, 0.0)
     if not is_sparse or model.moe is None:
-        return 2 * stream * tokens, 0.0
+        return _Block(2 * stream * tokens, 0.0)
     top_k = model.moe.top_k
     routing = (12 * model.moe.num_experts + 32 * top_k) * tokens
-    return 2 * stream * tokens + routing, stream * top_k * (rows_at + tokens)
+    return _Block(2 * stream * tokens + routing, stream * top_k * (rows_at + tokens))
 
 
 def _norm(model: ModelConfig, *, device: str) -> float:

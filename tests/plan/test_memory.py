@@ -24,7 +24,7 @@ from moetrain.plan.memory import PARTS, Memory, memory_of
 from moetrain.train.engine import Engine, deepspeed_config
 
 ALONE = Layout(gpus=1)
-MODEL = ModelConfig(vocab_size=512, context=128, num_layers=2, d_model=64, num_heads=4, d_ff=160,
+MODEL = ModelConfig(vocab_size=512, context=128, num_layers=6, d_model=64, num_heads=4, d_ff=160,
                     moe=MoEConfig(num_experts=8, top_k=2, d_expert=96))  # fmt: skip
 SHARED = MoEConfig(num_experts=4, top_k=1, router="switch", d_expert=192, every=2, num_shared_experts=1)
 VARIANTS: dict[str, dict[str, Any]] = {
