@@ -128,7 +128,7 @@ def memory_of(
             activations=block.outside + kept.activations / model.num_layers,
             experts=block.inside + kept.experts / model.num_layers,
             gradients=_gradients_at_the_end(model, layout, load),
-            buffers=_empty_bucket(model, layout, load, device=device) + _reduced_at_once(model, layout, load),
+            buffers=_filled_bucket(model, layout, load, device=device) + _reduced_at_once(model, layout, load),
         ),
         replace(
             always,
@@ -181,8 +181,10 @@ def _standing(model: ModelConfig, layout: Layout, load: _Load) -> Memory:
     state = Memory(weights=weights, masters=masters, moments=8 * load.share)
     if not layout.offload_optimizer:
         return state
-    # gradients of the share wait in the host's memory too, in fp32, pinned; the device keeps none of it
-    return replace(state, masters=0.0, moments=0.0, host=state.masters + state.moments + 4 * load.share)
+    # with them the gradients of the share, a buffer for the largest and, below stage 3, its weights on their way back
+    on_their_way = _width(model) if layout.zero_stage < 3 else 0
+    waiting = (4 + on_their_way) * load.share + 4 * load.largest
+    return replace(state, masters=0.0, moments=0.0, host=state.masters + state.moments + waiting)
 
 
 def _gradients_between(model: ModelConfig, layout: Layout, load: _Load) -> float:
@@ -246,6 +248,12 @@ def _empty_bucket(model: ModelConfig, layout: Layout, load: _Load, *, device: st
     return _width(model) * BUCKET_ELEMENTS if device == "cuda" else 0.0
 
 
+def _filled_bucket(model: ModelConfig, layout: Layout, load: _Load, *, device: str) -> float:
+    """At stage 2 all gradients are in it at the end of the backward pass, as far as it has room."""
+    filled = _width(model) * min(BUCKET_ELEMENTS, load.local) if layout.zero_stage == 2 else 0.0
+    return max(filled, _empty_bucket(model, layout, load, device=device))
+
+
 def _reduced_at_once(model: ModelConfig, layout: Layout, load: _Load) -> float:
     """At stage 3 gradients are reduced block by block: as they came, and twice in fp32."""
     together = max(load.largest, min(BUCKET_ELEMENTS, load.local / model.num_layers))
@@ -277,59 +285,65 @@ class _Kept:
     """One block in its backward pass: whole, recomputed or not, with the gradients of its largest parts."""
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and backward pass on the fullest device."""
+
+    tokens: float
+    rows_at: float
+    """Tokens that its experts have work for, before each is copied for K experts."""
+    device: str
+
+
 def _activations(model: ModelConfig, layout: Layout, *, tokens: float, imbalance: float, device: str) -> _Kept:
-    width, rows_at = _width(model), tokens * imbalance
-    attention = _attention(model, device=device) * tokens
+    run = _Pass(tokens, tokens * imbalance, device)
     sparse = sum(is_moe_block(model, block=block) for block in range(model.num_layers))
-    outside, inside, whole = 0.0, 0.0, []
+    outside, inside, in_backward = 0.0, 0.0, []
     for is_sparse, many in ((True, sparse), (False, model.num_layers - sparse)):
-        if not many:
-            continue
-        block = _whole_block(model, layout, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at, device=device)
-        block = _Block(block.outside + attention, block.inside)
-        left = block
-        if layout.recompute != "none":
-            left = _left_by_recompute(model, layout, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at)
-        outside, inside = outside + many * left.outside, inside + many * left.inside
-        whole.append(_in_backward(model, layout, block, is_sparse=is_sparse, tokens=tokens, rows_at=rows_at))
-    last_norm = _norm(model, device=device) * tokens + width * model.d_model * tokens
-    fullest = max(whole, key=lambda block: block.outside + block.inside)
+        if many:
+            block = _whole_block(model, layout, run, is_sparse=is_sparse)
+            left = block if layout.recompute == "none" else _left(model, layout, run, is_sparse=is_sparse)
+            outside, inside = outside + many * left.outside, inside + many * left.inside
+            in_backward.append(_in_backward(model, layout, run, block, is_sparse=is_sparse))
+    last_norm = _norm(model, device=device) * tokens + _width(model) * model.d_model * tokens
+    fullest = max(in_backward, key=lambda block: block.outside + block.inside)
     return _Kept(activations=outside + last_norm, experts=inside, block=fullest)
 
 
-def _whole_block(
-    model: ModelConfig, layout: Layout, *, is_sparse: bool, tokens: float, rows_at: float, device: str
-) -> _Block:
-    """The feed-forward of a block, nothing of it recomputed."""
+def _whole_block(model: ModelConfig, layout: Layout, run: _Pass, *, is_sparse: bool) -> _Block:
+    """A block of which nothing is recomputed."""
+    attention = _attention(model, device=run.device) * run.tokens
     if is_sparse:
-        return _Block(_moe_outside(model) * tokens, _moe_inside(model, tokens, rows_at, layout, device=device))
-    return _Block(_width(model) * (model.d_model + _hidden(model, model.d_ff, model.activation)) * tokens, 0.0)
+        return _Block(attention + _moe_outside(model) * run.tokens, _moe_inside(model, layout, run))
+    dense = _width(model) * (model.d_model + _hidden(model, model.d_ff, model.activation))
+    return _Block(attention + dense * run.tokens, 0.0)
 
 
-def _in_backward(
-    model: ModelConfig, layout: Layout, block: _Block, *, is_sparse: bool, tokens: float, rows_at: float
-) -> _Block:
+def _in_backward(model: ModelConfig, layout: Layout, run: _Pass, block: _Block, *, is_sparse: bool) -> _Block:
+    """A whole block and the gradients that its own backward makes."""
     width, moe = _width(model), model.moe
-    stream = 3 * width * model.d_model * tokens
+    stream = 3 * width * model.d_model * run.tokens
     if not is_sparse or moe is None:
-        return _Block(block.outside + stream + width * _hidden(model, model.d_ff, model.activation) * tokens, 0.0)
+        dense = width * _hidden(model, model.d_ff, model.activation) * run.tokens
+        return _Block(block.outside + stream + dense, 0.0)
     hidden = _hidden(model, moe.d_expert or model.d_ff, moe.activation or model.activation)
-    rows = width * moe.top_k * rows_at * (hidden + model.d_model)
+    if run.device == "cpu":
+        hidden *= layout.expert_parallel / moe.num_experts  # one expert after the other
+    rows = width * moe.top_k * run.rows_at * (hidden + 2 * model.d_model)
     # recomputed part by part, experts and attention are not whole at the same time
     outside = stream if layout.recompute == "selective" else block.outside + stream
     return _Block(outside, block.inside + rows)
 
 
-def _left_by_recompute(model: ModelConfig, layout: Layout, *, is_sparse: bool, tokens: float, rows_at: float) -> _Block:
+def _left(model: ModelConfig, layout: Layout, run: _Pass, *, is_sparse: bool) -> _Block:
     """What recomputation leaves of a block."""
-    stream = _width(model) * model.d_model
+    stream, moe = _width(model) * model.d_model, model.moe
     if layout.recompute == "full":
-        return _Block(stream * tokens, 0.0)
-    if not is_sparse or model.moe is None:
-        return _Block(2 * stream * tokens, 0.0)
-    top_k = model.moe.top_k
-    routing = (12 * model.moe.num_experts + 32 * top_k) * tokens
-    return _Block(2 * stream * tokens + routing, stream * top_k * (rows_at + tokens))
+        return _Block(stream * run.tokens, 0.0)
+    if not is_sparse or moe is None:
+        return _Block(2 * stream * run.tokens, 0.0)
+    routing = (12 * moe.num_experts + 32 * moe.top_k) * run.tokens
+    return _Block(2 * stream * run.tokens + routing, stream * moe.top_k * (run.rows_at + run.tokens))
 
 
 def _norm(model: ModelConfig, *, device: str) -> float:
@@ -370,13 +384,13 @@ def _moe_outside(model: ModelConfig) -> float:
     return router + width * (shared + (model.d_model if model.dtype == "bf16" else 0))
 
 
-def _moe_inside(model: ModelConfig, tokens: float, rows_at: float, layout: Layout, *, device: str) -> float:
+def _moe_inside(model: ModelConfig, layout: Layout, run: _Pass) -> float:
     """Bytes of the rows at the experts: what came, hidden units, and the answers that came back."""
     moe, width = model.moe, _width(model)
     assert moe is not None
     d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
     hidden = _hidden(model, d_expert, activation)
-    if device == "cpu":
+    if run.device == "cpu":
         hidden -= d_expert  # there the activation is worked out again from what came before it
-    rows = rows_at * moe.top_k * width * (model.d_model + hidden)
-    return rows + tokens * moe.top_k * (width * model.d_model + (8.0 if layout.expert_parallel == 1 else 40.0))
+    rows = run.rows_at * moe.top_k * width * (model.d_model + hidden)
+    return rows + run.tokens * moe.top_k * (width * model.d_model + (8.0 if layout.expert_parallel == 1 else 40.0))
