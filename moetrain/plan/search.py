@@ -16,7 +16,7 @@ from moetrain.plan.time import Conditions, StepTime, step_time
 
 OBJECTIVES = ("time", "cost", "gpus")
 TOKENS_PER_STEP = 4_000_000
-"""When nobody says: GPT-3 (arXiv:2005.14165, table 2.1) took 3.2 M, OLMoE (arXiv:2409.02060, table 10) 4.2 M."""
+"""When nobody says: GPT-3 (arXiv:2005.14165, table 2.1) took 3.2 M, OLMoE (arXiv:2409.02060) 4.2 M."""
 STEPS_AT_LEAST = 1000
 """A short run takes a smaller batch, so that it has this many steps."""
 WORTH_TELLING = 0.95

@@ -31,7 +31,7 @@ MODELS: list[Published] = [
      {"num_experts": 60, "top_k": 4, "d_expert": 1408, "num_shared_experts": 4, "shared_gate": True}, 14.3e9, 2.7e9,
      "Qwen/Qwen1.5-MoE-A2.7B, model card"),
     ("OLMoE-1B-7B", {"num_layers": 16, "d_model": 2048, "num_heads": 16, "d_ff": 1024, "vocab_size": 50304},
-     {"num_experts": 64, "top_k": 8, "d_expert": 1024}, 6.9e9, 1.3e9, "arXiv:2409.02060, table 1"),
+     {"num_experts": 64, "top_k": 8, "d_expert": 1024}, 6.9e9, 1.3e9, "arXiv:2409.02060"),
     ("DBRX", {"num_layers": 40, "d_model": 6144, "num_heads": 48, "num_kv_heads": 8, "d_ff": 10752,
               "vocab_size": 100352},
      {"num_experts": 16, "top_k": 4}, 132e9, 36e9, "databricks/dbrx-base, model card"),
