@@ -176,6 +176,8 @@ def _refuse_unknown(overrides: Sequence[Override], *, loader: ConfigLoaderImpl) 
             problems.append(f"'{text}' takes a setting away, but a run has all of them: give it a value, or null")
         elif override.package is not None:
             problems.append(f"'{text}' names a package, but a preset has one place: write {key}=NAME")
+        elif key == "cluster":
+            problems.append(f"'{text}' is for moetrain plan: a run takes the machines that it is started on")
         elif override.is_sweep_override():
             problems.append(
                 f"'{text}' gives several values, but a run has one of each: start a run for each, or, for a list, "

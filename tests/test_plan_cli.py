@@ -204,3 +204,10 @@ def test_what_cannot_be_compared_is_told(plan, place, words, told) -> None:
     code, _, err = plan("compare", *words)
     assert code == 2
     assert told in err
+
+
+def test_a_cluster_is_for_the_plan_alone(capsys) -> None:
+    assert cli.main(["train", "cluster=h100_ib", "--dry-run"]) == 2
+    assert "'cluster=h100_ib' is for moetrain plan" in capsys.readouterr().err
+    assert cli.main(["plan", "--help"]) == 0
+    assert "\n  h100_ib " in capsys.readouterr().out

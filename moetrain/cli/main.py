@@ -88,7 +88,7 @@ def _run(words: Sequence[str]) -> int:
         return 2
     action, help_text = VERBS[name].load(name)
     if "-h" in rest or "--help" in rest:
-        print(help_text + (_preset_help() if VERBS[name].presets else ""))
+        print(help_text + (_preset_help(name) if VERBS[name].presets else ""))
         return 0
     return action(rest)
 
@@ -101,16 +101,13 @@ def _help() -> str:
     )
 
 
-def _preset_help() -> str:
+def _preset_help(verb: str) -> str:
     from moetrain.compose import presets
 
     lines = []
-    groups = (
-        ("model", "models"),
-        ("model/moe", "sparse blocks"),
-        ("experiment", "experiments"),
-        ("cluster", "clusters"),
-    )
+    groups = [("model", "models"), ("model/moe", "sparse blocks"), ("experiment", "experiments")]
+    if verb == "plan":
+        groups.append(("cluster", "clusters"))
     for group, what in groups:
         lines += [f"\n{what} ({group}=NAME):"]
         lines += [f"  {name:<18} {title}" for name, title in presets(group).items()]
