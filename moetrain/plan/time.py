@@ -184,28 +184,26 @@ def _weights_and_gradients(
     ways = 1 if layout.zero_stage == 3 else 2
     gradients, gathers = [], 0.0
     for numel, size, stride in parts:
-        one_way = _ring(numel, size=size, stride=stride, layers=model.num_layers, cluster=cluster)
-        gradients.append(often * ways * conditions.gradient_bytes * one_way)
+        if size == 1 or not numel:
+            gradients.append(0.0)
+            continue
+        latency, per_byte = _ring(size=size, stride=stride, cluster=cluster)
+        waits = model.num_layers * latency  # a call for each block
+        gradients.append(often * (waits + ways * conditions.gradient_bytes * numel * per_byte))
         if layout.zero_stage == 3:
-            passes = 2
-            gathers += layout.accumulation * passes * width * one_way
+            gathers += 2 * layout.accumulation * (waits + width * numel * per_byte)
         elif layout.zero_stage > 0:
-            gathers += width * one_way
+            gathers += waits + width * numel * per_byte
     return gradients[0], gradients[1], gathers
 
 
-def _ring(numel: float, *, size: int, stride: int, layers: int, cluster: Cluster) -> float:
-    """Seconds to pass one byte for each of ``numel`` once around a ring of ``size`` devices, ``stride`` apart."""
-    if size <= 1 or not numel:
-        return 0.0
+def _ring(*, size: int, stride: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds before the first byte, and for each byte that goes once around ``size`` devices, ``stride`` apart."""
     in_node = max(1, min(size, cluster.gpus_per_node // stride))
-    if size <= in_node:
-        bandwidth, latency = cluster.nvlink_gb_per_second, LATENCY["node"]
-    else:
-        bandwidth = min(cluster.nvlink_gb_per_second, in_node * cluster.network_gb_per_second)
-        latency = LATENCY["network"]
-    # a call for each block; the latency is that of the whole collective, so it is spread over its bytes
-    return numel * (size - 1) / size / _link(bandwidth) + layers * latency * math.log2(size) / 4
+    latency, bandwidth = LATENCY["node"], cluster.nvlink_gb_per_second
+    if size > in_node:
+        latency, bandwidth = LATENCY["network"], min(bandwidth, in_node * cluster.network_gb_per_second)
+    return latency * math.log2(size), (size - 1) / size / _link(bandwidth)
 
 
 def _optimizer(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
