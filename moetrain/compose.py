@@ -91,6 +91,50 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     return Composed(settings={str(key): value for key, value in settings.items()}, sources=sources, choices=choices)
 
 
+def compose_file(
+    group: str, name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> dict[str, Any]:
+    """The settings in one file of a group that is no part of a run, such as ``cluster``.
+
+    Args:
+        group: a directory of ``configs/``.
+        name: of the file in it, ours or one of ``config_dir``.
+        overrides: Hydra's, of settings the file has: ``cluster.price_per_gpu_hour=2.5``.
+        config_dir: a directory of the user's own, laid out like ``configs/``.
+
+    Raises:
+        ConfigError: there is no such file, or Hydra would not take it or an override.
+    """
+    parsed = _parse(overrides)
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        loader = _loader(config_dir)
+        options = loader.repository.get_group_options(group, ObjectType.CONFIG)
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError([f"'{group}={name}' is not there: {group} is one of {', '.join(options)}{hint}"])
+        for override in parsed:
+            if (
+                override.is_add()
+                or override.is_delete()
+                or override.is_sweep_override()
+                or override.package is not None
+            ):
+                raise ConfigError(
+                    [f"'{override.input_line}' is not an override of a {group}: write {group}.NAME=VALUE"]
+                )
+        try:
+            composed = OmegaConf.to_container(hydra_compose(f"{group}/{name}", overrides=list(overrides)), resolve=True)
+        except Exception as error:  # as in ``compose``
+            raise ConfigError([f"{group}/{name}.yaml: {_in_a_line(error)}"]) from error
+    content = composed.get(group) if isinstance(composed, dict) else None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            [f"{group}/{name}.yaml holds no settings: see configs/{group}/h100_ib.yaml for how one looks"]
+        )
+    return {str(key): value for key, value in content.items()}
+
+
 def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
     """Hydra's reader of files, which then finds the user's directory too."""
     loader = GlobalHydra.instance().config_loader()
@@ -132,6 +176,8 @@ def _refuse_unknown(overrides: Sequence[Override], *, loader: ConfigLoaderImpl) 
             problems.append(f"'{text}' takes a setting away, but a run has all of them: give it a value, or null")
         elif override.package is not None:
             problems.append(f"'{text}' names a package, but a preset has one place: write {key}=NAME")
+        elif key == "cluster":
+            problems.append(f"'{text}' is for moetrain plan: a run takes the machines that it is started on")
         elif override.is_sweep_override():
             problems.append(
                 f"'{text}' gives several values, but a run has one of each: start a run for each, or, for a list, "

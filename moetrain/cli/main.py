@@ -32,7 +32,8 @@ VERBS = {
     "train": Verb("train", "train a model, or go on with a run that was interrupted", presets=True),
     "prepare": Verb("train", "text to token files (train does it by itself)", presets=True),
     "config": Verb("train", "show every setting of a run, and where each comes from", presets=True),
-    "sample": Verb("model", "let a trained model write"),
+    "plan": Verb("plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
+    "sample": Verb("train", "let a trained model write"),
     "verify": Verb("verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("checkpoint", "list, examine, compare and remove what was saved"),
     "bench": Verb("bench", "time the MoE layer or a training step, against others'"),
@@ -90,7 +91,7 @@ def _run(words: Sequence[str]) -> int:
         return 2
     action, help_text = VERBS[name].load(name)
     if "-h" in rest or "--help" in rest:
-        print(help_text + (_preset_help() if VERBS[name].presets else ""))
+        print(help_text + (_preset_help(name) if VERBS[name].presets else ""))
         return 0
     return action(rest)
 
@@ -103,11 +104,14 @@ def _help() -> str:
     )
 
 
-def _preset_help() -> str:
+def _preset_help(verb: str) -> str:
     from moetrain.compose import presets
 
     lines = []
-    for group, what in (("model", "models"), ("model/moe", "sparse blocks"), ("experiment", "experiments")):
+    groups = [("model", "models"), ("model/moe", "sparse blocks"), ("experiment", "experiments")]
+    if verb == "plan":
+        groups.append(("cluster", "clusters"))
+    for group, what in groups:
         lines += [f"\n{what} ({group}=NAME):"]
         lines += [f"  {name:<18} {title}" for name, title in presets(group).items()]
     return "\n".join(lines)

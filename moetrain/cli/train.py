@@ -1,4 +1,4 @@
-"""The verbs around a run: train, prepare, config."""
+"""The verbs around a run: train, prepare, config, sample."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.model import write_on
-from moetrain.cli.options import Options, settings
+from moetrain.cli.options import Options, number, settings
 from moetrain.errors import ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
@@ -55,7 +54,17 @@ examples:
   moetrain config
   moetrain config model=glam_64b_64e parallel.zero_stage=2
 """,
+    "sample": """usage: moetrain sample [run_dir=DIR] [prompt=TEXT] [max_tokens=N] [temperature=X] [top_k=N] [seed=N]
+
+Writes on from a prompt with the newest whole checkpoint of a run.
+
+examples:
+  moetrain sample
+  moetrain sample run_dir=runs/tiny prompt="The state of the Union is" temperature=0.7 seed=3
+""",
 }
+
+_LARGEST = 1 << 62
 
 
 def train(words: Sequence[str]) -> int:
@@ -84,7 +93,7 @@ def train(words: Sequence[str]) -> int:
                 return STOPPED
         screen.draw(run_dir)
         opening = _opening(run)
-        sample = "".join(write_on(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
+        sample = "".join(_sample(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
         screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
     return 0
 
@@ -105,6 +114,32 @@ def config(words: Sequence[str]) -> int:
     from moetrain.report.screen import config_text
 
     print(config_text(run, composed=composed.settings, sources=composed.sources))
+    return 0
+
+
+def sample(words: Sequence[str]) -> int:
+    """The verb `sample`."""
+    from moetrain.config.freeze import freeze_section
+    from moetrain.config.schema import SampleConfig
+
+    given: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError([f"'{word}' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""])
+        given[key] = value if key in ("prompt", "run_dir") else number(value)
+    wanted = freeze_section(SampleConfig, given)
+    rules = (("max_tokens", wanted.max_tokens, 1), ("temperature", wanted.temperature, 0), ("top_k", wanted.top_k, 0),
+             ("seed", wanted.seed, 0))  # fmt: skip
+    problems = [f"{name} is {value}, but must be from {least} to {_LARGEST:.0e}"
+                for name, value, least in rules if not least <= value <= _LARGEST]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+    pieces = _sample(**asdict(wanted) | {"run_dir": Path(wanted.run_dir)})
+    print(wanted.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
@@ -184,3 +219,19 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
     prepared = open_prepared(Path(str(run.data.prepared)))
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text
+
+
+def _sample(**wanted: Any) -> Any:
+    from moetrain.config.schema import SampleConfig
+    from moetrain.data.corpus import TOKENIZER
+    from moetrain.data.tokenizer import load_tokenizer
+    from moetrain.hub.generate import generate, load_model
+
+    defaults = asdict(SampleConfig())
+    wanted = defaults | wanted
+    run_dir = wanted.pop("run_dir")
+    run, gpt = load_model(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    # positions past the trained length were never seen
+    context = min(run.model.context, run.batch.sequence_length or run.model.context)
+    return generate(gpt, tokenizer, context=context, **wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ _GELU = (F.gelu, lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, ap
 _RELU = (F.relu, lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out))
 ACTIVATIONS = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU}
 GATED = ("swiglu", "geglu")
+BLOCK_ROWS = 1024
+"""Rows of an expert computed at a time on CPU: what lies between its maps stays in the cache, and one that gets all the
+tokens needs no more memory for it than the others."""
+ROW_STEP = 64
+"""In bf16 on CPU rows are computed by multiples of this: oneDNN builds, and keeps, a kernel for every number of rows that
+it meets, which takes longer than the product."""
 
 
 def activate(h: Tensor, *, activation: str) -> Tensor:
@@ -100,7 +107,7 @@ def grouped_linear(x_RI: Tensor, weight_eOI: Tensor, count_e: Tensor) -> Tensor:
 
 
 class _ExpertByExpert(torch.autograd.Function):
-    """Both maps of an expert at once, while its hidden rows are still in the cache; then the next expert.
+    """Both maps of an expert at once, a block of rows after the other, while they are still in the cache.
 
     Results and weight gradients are written straight into their slices: plain indexing (``weight[i]``) would make
     autograd add up one full-size weight gradient per expert. Kept for the backward pass are the rows that came in and
@@ -114,12 +121,12 @@ class _ExpertByExpert(torch.autograd.Function):
         h_RF = x_RD.new_empty(x_RD.shape[0], w_in.shape[1])
         y_RD = torch.empty_like(x_RD)
         keep_RF = x_RD.new_empty(x_RD.shape[0], w_out.shape[2]).bernoulli_(1 - dropout) if dropout else None
-        for i, (x, h, y, keep) in enumerate(_split(counts, x_RD, h_RF, y_RD, keep_RF)):
-            torch.mm(x, w_in[i].T, out=h)
+        for block in _blocks(counts, dtype=x_RD.dtype):
+            h = torch.mm(x_RD[block.rows], w_in[block.expert].T, out=h_RF[block.rows])
             a = _activated(h, activation)
-            if keep is not None:
-                a.mul_(keep).div_(1 - dropout)
-            torch.mm(a, w_out[i].T, out=y)
+            if keep_RF is not None:
+                a.mul_(keep_RF[block.rows]).div_(1 - dropout)
+            torch.mm(a, w_out[block.expert].T, out=y_RD[block.rows])
         ctx.save_for_backward(x_RD, h_RF, keep_RF, w_in, w_out)
         ctx.counts, ctx.activation, ctx.dropout = counts, activation, dropout
         return y_RD
@@ -131,18 +138,22 @@ class _ExpertByExpert(torch.autograd.Function):
         grad_y_RD = grad_y_RD.contiguous()
         grad_x_RD = torch.empty_like(x_RD)
         grad_in, grad_out = torch.empty_like(w_in), torch.empty_like(w_out)
-        rows = _split(ctx.counts, x_RD, h_RF, grad_y_RD, grad_x_RD, keep_RF)
-        for i, (x, h, grad_y, grad_x, keep) in enumerate(rows):
+        for block in _blocks(ctx.counts, dtype=x_RD.dtype):
+            i, rows, grad_y = block.expert, block.rows, grad_y_RD[block.rows]
             grad_a = grad_y @ w_out[i]
-            if keep is not None:
-                grad_a.mul_(keep).div_(1 - ctx.dropout)
-            grad_h = torch.empty_like(h)
-            a = _activation_backward(grad_a, h, ctx.activation, out=grad_h)
-            if keep is not None:
-                a.mul_(keep).div_(1 - ctx.dropout)
-            torch.mm(grad_y.T, a, out=grad_out[i])
-            torch.mm(grad_h, w_in[i], out=grad_x)
-            torch.mm(grad_h.T, x, out=grad_in[i])
+            if keep_RF is not None:
+                grad_a.mul_(keep_RF[rows]).div_(1 - ctx.dropout)
+            grad_h = torch.empty_like(h_RF[rows])
+            a = _activation_backward(grad_a, h_RF[rows], ctx.activation, out=grad_h)
+            if keep_RF is not None:
+                a.mul_(keep_RF[rows]).div_(1 - ctx.dropout)
+            # the next expert's rows are no part of this one's gradient
+            a[block.own :].zero_()
+            grad_h[block.own :].zero_()
+            torch.mm(grad_h, w_in[i], out=grad_x_RD[rows])
+            beta = 0 if block.is_first else 1
+            torch.addmm(grad_out[i], grad_y.T, a, beta=beta, out=grad_out[i])
+            torch.addmm(grad_in[i], grad_h.T, x_RD[rows], beta=beta, out=grad_in[i])
         return grad_x_RD, grad_in, grad_out, None, None, None
 
 
@@ -184,6 +195,25 @@ def _activation_backward(grad: Tensor, h: Tensor, activation: str, *, out: Tenso
     return answer.mul_(up)
 
 
-def _split(counts: list[int], *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The rows of each expert in each of the tensors."""
-    return zip(*([None] * len(counts) if each is None else each.split(counts) for each in tensors), strict=True)
+@dataclass(frozen=True)
+class _Block:
+    """Rows of one expert, computed at once."""
+
+    expert: int
+    is_first: bool
+    """Of its expert; an expert without rows has one, which is empty."""
+    rows: slice
+    own: int
+    """How many of the rows are the expert's; what follows is the next ones', and overwritten when it is their turn."""
+
+
+def _blocks(counts: list[int], *, dtype: torch.dtype) -> Iterator[_Block]:
+    step = 1 if dtype.itemsize > 2 else ROW_STEP
+    begin, total = 0, sum(counts)
+    for expert, count in enumerate(counts):
+        for done in range(0, max(count, 1), BLOCK_ROWS):
+            own = min(count - done, BLOCK_ROWS)
+            start = begin + done
+            stop = min(start + -(-own // step) * step, total)
+            yield _Block(expert, is_first=done == 0, rows=slice(start, stop), own=own)
+        begin += count

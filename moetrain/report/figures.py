@@ -1,4 +1,4 @@
-"""Pictures of one run, out of the lines of its metrics.jsonl."""
+"""Pictures: of one run, out of the lines of its metrics.jsonl, and of a plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.errors import DataError
+from moetrain.plan.memory import PARTS
+from moetrain.plan.time import TIMES
 
 Metrics = Sequence[dict[str, Any]]
 
@@ -112,6 +114,78 @@ def expert_load_map(metrics: Metrics, path: Path, *, title: str) -> None:
         right.set_title("fullest expert of each layer")
         _imbalance(figure, right, loads, num_layers=num_layers)
         _save(figure, path)
+
+
+def plan_bars(plans: Sequence[Any], path: Path, *, title: str, limit_gb: float) -> None:
+    """Memory of one device against its limit, and the time of a step, of planned layouts, as stacked bars in a PNG.
+
+    Args:
+        plans: of ``plan.search``, best first; at least one.
+        path: where the picture goes.
+        title: stands above it.
+        limit_gb: memory of one device.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    rows = max(3, len(plans))
+    with style.context(_STYLE, after_reset=True):
+        figure = Figure(figsize=(11, 2.1 + 0.5 * rows), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        names = [_layout_name(plan) for plan in plans]
+        left.set_title("memory of one device (GB)")
+        _stacked(left, [plan.memory for plan in plans], PARTS, names=names, size=1e9, colours="tab10")
+        left.axvline(limit_gb, color="0.2", linewidth=1.2, linestyle="--")
+        left.text(
+            limit_gb, 1.01, f"{limit_gb:,.0f} GB", ha="center", va="bottom", fontsize=8, color="0.2",
+            transform=left.get_xaxis_transform(),
+        )  # fmt: skip
+        left.set_xlim(0, limit_gb * 1.06)
+        right.set_title("time of a step (s)")
+        _stacked(right, [plan.time for plan in plans], TIMES, names=[""] * len(plans), size=1.0, colours="Paired")
+        for axes in (left, right):
+            axes.grid(axis="y", visible=False)
+            axes.set_ylim(rows - 0.5, -0.5)
+            axes.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.45 / (0.5 * rows + 0.6)),
+                ncols=4,
+                fontsize=8,
+                handlelength=1.0,
+            )
+        _save(figure, path)
+
+
+def _layout_name(plan: Any) -> str:
+    layout = plan.layout
+    offload = ", offload" if layout.offload_optimizer else ""
+    return (
+        f"{layout.gpus:,} devices, EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}{offload}\n"
+        f"recompute {layout.recompute}, {layout.micro_batch} x {layout.accumulation}"
+    )
+
+
+def _stacked(
+    axes: Any, bars: Sequence[Any], parts: Sequence[str], *, names: Sequence[str], size: float, colours: str
+) -> None:
+    """One bar for each of ``bars``, from the top; parts that no bar shows are left out."""
+    import matplotlib as mpl
+
+    palette = mpl.colormaps[colours]
+    largest = max(bar.total for bar in bars)
+    left = [0.0] * len(bars)
+    for index, part in enumerate(parts):
+        widths = [getattr(bar, part) / size for bar in bars]
+        if max(widths) * size > 0.003 * largest:
+            label = part.replace("_", " ")
+            axes.barh(range(len(bars)), widths, left=left, height=0.62, color=palette(index % palette.N), label=label)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    for row, total in enumerate(left):
+        axes.annotate(f"{total:,.3g}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
+    axes.set_yticks(range(len(bars)), names)
+    axes.set_xlim(0, max(left) * 1.12)
 
 
 def _heat_map(figure: Any, axes: Any, load: Any) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,3 +158,32 @@ def test_nothing_to_draw_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no line of the metrics has an expert load"):
         expert_load_map(dense(invented_run(num_layers=1, num_experts=2)), tmp_path / "load.png", title="dense")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bars_of_a_plan_are_its_parts(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from moetrain.plan.layout import Layout
+    from moetrain.plan.memory import Memory
+    from moetrain.plan.time import StepTime
+    from moetrain.report.figures import plan_bars
+
+    drawn = []
+    barh = Axes.barh
+
+    def record(axes, rows, widths, **how):
+        drawn.append((how["label"], list(widths), list(how["left"])))
+        return barh(axes, rows, widths, **how)
+
+    monkeypatch.setattr(Axes, "barh", record)
+    plans = [
+        SimpleNamespace(layout=Layout(gpus=8), memory=Memory(weights=3e9, moments=2e9), time=StepTime(compute=2.0)),
+        SimpleNamespace(layout=Layout(gpus=16), memory=Memory(weights=1e9, moments=4e9), time=StepTime(compute=1.0)),
+    ]
+    plan_bars(plans, tmp_path / "plan.png", title="a plan", limit_gb=8.0)
+    assert drawn == [
+        ("weights", [3.0, 1.0], [0.0, 0.0]),
+        ("moments", [2.0, 4.0], [3.0, 1.0]),
+        ("compute", [2.0, 1.0], [0.0, 0.0]),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]

@@ -1,0 +1,142 @@
+"""What others have measured: the share of the peak that matrix products reach is calibrated on it, not guessed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.config.freeze import freeze_section
+from moetrain.config.schema import ModelConfig, RunConfig
+from moetrain.errors import DataError
+from moetrain.plan.cluster import Cluster
+from moetrain.plan.layout import Layout
+from moetrain.plan.time import Conditions, StepTime, step_time
+
+RUNS_FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One published run."""
+
+    name: str
+    cluster: str
+    """The file of its hardware."""
+    source: str
+    model: ModelConfig
+    layout: Layout
+    sequence_length: int
+    overlap: float
+    measured: float
+    """Tokens per second and GPU."""
+    imbalance: float = 1.0
+    """Rows at the fullest device over the mean; benchmarks force an even load."""
+    note: str = ""
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.model.moe is not None
+
+    def time(self, cluster: Cluster, *, efficiency: float) -> StepTime:
+        """Its step, predicted."""
+        conditions = Conditions(efficiency=efficiency, imbalance=self.imbalance, overlap=self.overlap)
+        return step_time(self.model, self.layout, cluster, sequence_length=self.sequence_length, conditions=conditions)
+
+    def predicted(self, cluster: Cluster, *, efficiency: float) -> float:
+        """Tokens per second and GPU."""
+        tokens = self.layout.micro_batch * self.layout.accumulation * self.sequence_length
+        return tokens / self.time(cluster, efficiency=efficiency).total
+
+
+def published_runs() -> list[Run]:
+    """The runs of ``published.yaml``."""
+    return [_run(entry) for entry in yaml.safe_load(RUNS_FILE.read_text(encoding="utf-8"))]
+
+
+def calibrate(runs: Iterable[Run], clusters: Mapping[str, Cluster]) -> float:
+    """The efficiency at which half of ``runs`` are predicted too fast and half too slow: one odd run does not pull it.
+
+    Args:
+        clusters: file name -> cluster, for every run.
+    """
+    chosen = list(runs)
+
+    def bias(efficiency: float) -> float:
+        logs = [math.log(r.predicted(clusters[r.cluster], efficiency=efficiency) / r.measured) for r in chosen]
+        return statistics.median(logs)
+
+    low, high = 0.02, 1.0
+    if bias(high) <= 0:
+        return high
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if bias(middle) < 0 else (low, middle)
+    return low
+
+
+def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str) -> Run:
+    """A run of ours as one to compare with, and to calibrate on.
+
+    Args:
+        run: resolved, as in its run.yaml.
+        lines: of its metrics.jsonl.
+        cluster: the file of the hardware it ran on.
+
+    Raises:
+        DataError: the run has logged no speed after its first line, which holds the start.
+    """
+    steps = [line for line in lines if line.get("tokens_per_second")][1:]
+    if not steps:
+        raise DataError(f"{run.run_dir} has logged no two stretches of steps yet: let it run on")
+    gpus = (run.launch.processes or 1) * (getattr(run.launch, "nodes", None) or 1)
+    micro_batch = run.batch.micro_batch or 1
+    layout = Layout(
+        gpus=gpus,
+        expert_parallel=run.parallel.expert_parallel or 1,
+        zero_stage=run.parallel.zero_stage,
+        recompute=getattr(run.parallel, "recompute", "none"),
+        offload_optimizer=getattr(run.parallel, "offload_optimizer", False),
+        micro_batch=micro_batch,
+        accumulation=run.batch.global_batch // (micro_batch * gpus),
+    )
+    skews = [_skew(line["load"], devices=layout.expert_parallel) for line in steps if line.get("load")]
+    return Run(
+        name=str(run.run_dir),
+        cluster=cluster,
+        source=str(run.run_dir),
+        model=run.model,
+        layout=layout,
+        sequence_length=run.batch.sequence_length or run.model.context,
+        overlap=0.0,
+        measured=statistics.median(line["tokens_per_second"] for line in steps) / gpus,
+        imbalance=statistics.median(skews) if skews else 1.0,
+    )
+
+
+def _skew(share_LE: Sequence[Sequence[float]], *, devices: int) -> float:
+    """Rows at the fullest of the devices over the mean, on average over the layers: each layer waits for its own."""
+    fullest = []
+    for share_E in share_LE:
+        each = len(share_E) // devices
+        held = [
+            math.fsum(share or 0.0 for share in share_E[rank * each : (rank + 1) * each]) for rank in range(devices)
+        ]
+        fullest.append(max(held) * devices)
+    return statistics.fmean(fullest)
+
+
+def alike(run: Run, others: Sequence[Run], clusters: Mapping[str, Cluster]) -> list[Run]:
+    """The runs to calibrate on for one of them: others, on the same generation of GPUs."""
+    kind = clusters[run.cluster].calibrated_on
+    return [other for other in others if other is not run and clusters[other.cluster].calibrated_on == kind]
+
+
+def _run(entry: dict[str, Any]) -> Run:
+    model = freeze_section(ModelConfig, {"dtype": "bf16", **entry["model"]})
+    return Run(**{**entry, "model": model, "layout": Layout(**entry["layout"])})

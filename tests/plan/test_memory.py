@@ -1,0 +1,216 @@
+"""The plan's bytes against what autograd really keeps, and against the resident memory of real runs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.config.deepspeed import deepspeed_config
+from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.model.build import build_model, initialize
+from moetrain.model.objective import Objective
+from moetrain.parallel import groups as process_groups
+from moetrain.parallel.topology import Topology
+from moetrain.plan import memory
+from moetrain.plan.flops import count_parameters
+from moetrain.plan.layout import Layout, offered
+from moetrain.plan.memory import PARTS, Memory, memory_of
+from moetrain.train.engine import Engine
+
+ALONE = Layout(gpus=1)
+MODEL = ModelConfig(vocab_size=512, context=128, num_layers=6, d_model=64, num_heads=4, d_ff=160,
+                    moe=MoEConfig(num_experts=8, top_k=2, d_expert=96))  # fmt: skip
+SHARED = MoEConfig(num_experts=4, top_k=1, router="switch", d_expert=192, every=2, num_shared_experts=1)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "dense": {"moe": None},
+    "switch, shared": {"moe": SHARED},
+    "grouped queries": {"num_kv_heads": 2},
+    "wide heads": {"d_head": 32},
+    "gpt2": {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu", "moe": None},
+}
+
+
+def kept_by_autograd(model: ModelConfig, *, rows: int) -> int:
+    """Bytes of all storages that a forward pass leaves for the backward pass, weights apart."""
+    gpt = build_model(model)
+    initialize(gpt, init_std=0.02, seed=1)
+    gpt = gpt.bfloat16() if model.dtype == "bf16" else gpt
+    weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    token = torch.randint(0, model.vocab_size, (rows, model.context + 1))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Objective(gpt, loss_weights={"balance": 0.01})(token[:, :-1].contiguous(), token[:, 1:].contiguous())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activations_are_what_autograd_keeps(variant: str, dtype: str) -> None:
+    model = replace(MODEL, dtype=dtype, **VARIANTS[variant])
+    # on one device no row is sent away, so every load is even in sum
+    planned = memory_of(model, replace(ALONE, micro_batch=4), sequence_length=128, imbalance=1.0, device="cpu", slack=0)
+    softmax = planned.logits / 3  # of the three that are there at once, autograd keeps one
+    assert planned.activations + planned.experts + softmax == pytest.approx(kept_by_autograd(model, rows=4), rel=0.01)
+
+
+def test_the_engines_bucket_is_the_plans() -> None:
+    config = deepspeed_config(micro_batch=1, accumulation=1, world_size=1, zero_stage=1, dtype="fp32", clip=1.0)
+    assert config["zero_optimization"]["reduce_bucket_size"] == memory.BUCKET_ELEMENTS
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_optimizer_is_spread_as_zero_says(stage: int) -> None:
+    """ZeRO, arXiv:1910.02054, figure 1: 12 bytes a parameter of masters and moments, by the number of devices."""
+    layout = Layout(gpus=16, expert_parallel=4, zero_stage=stage)
+    model = replace(MODEL, dtype="bf16")
+    count = count_parameters(model)
+    planned = memory_of(model, layout, sequence_length=128)
+    own = count.non_expert + count.experts / 4
+    share = own if stage == 0 else count.non_expert / 16 + count.experts / 4 / 4
+    assert planned.masters + planned.moments == pytest.approx(12 * share)
+    if stage < 3:
+        assert planned.weights == pytest.approx(2 * own)
+    else:
+        assert planned.weights > 2 * share
+
+
+def test_what_is_recomputed_is_not_kept() -> None:
+    model, sizes = replace(MODEL, num_layers=12), []
+    for recompute in ("none", "selective", "full"):
+        planned = memory_of(model, Layout(gpus=8, micro_batch=64, recompute=recompute), sequence_length=128)
+        sizes.append(planned.activations + planned.experts)
+    assert sizes[0] > sizes[1] > sizes[2]
+    stream = 64 * 128 * 64 * 4
+    assert sizes[2] > 12 * stream, "each block's input stays"
+
+
+def test_offload_moves_the_optimizer_to_the_host() -> None:
+    there = memory_of(MODEL, Layout(gpus=4), sequence_length=128)
+    away = memory_of(MODEL, Layout(gpus=4, offload_optimizer=True), sequence_length=128)
+    assert (away.masters, away.moments, there.host) == (0, 0, 0)
+    assert away.host >= there.masters + there.moments
+
+
+def test_head_room_for_imbalance_is_the_experts_alone() -> None:
+    even, skewed = (
+        memory_of(MODEL, replace(ALONE, micro_batch=16), sequence_length=128, imbalance=imbalance, slack=0)
+        for imbalance in (1.0, 1.5)
+    )
+    assert even.activations == skewed.activations
+    assert 1.3 < skewed.experts / even.experts < 1.5
+
+
+def test_the_total_is_the_sum_of_the_parts() -> None:
+    planned = memory_of(MODEL, ALONE, sequence_length=128)
+    assert planned.total == pytest.approx(sum(getattr(planned, part) for part in PARTS))
+    assert Memory(weights=1, host=5).total == 1
+
+
+def test_only_what_the_settings_allow_is_offered() -> None:
+    from moetrain.config.checks import CHOICES
+
+    for dtype in ("fp32", "bf16"):
+        offer = offered(dtype)
+        assert set(offer.zero_stages) <= set(CHOICES["parallel.zero_stage"])
+        assert offer.takes(Layout(gpus=2, zero_stage=1))
+    assert not offered("bf16").takes(Layout(gpus=2, zero_stage=0)), "config.checks refuses it"
+    assert offered("fp32").takes(Layout(gpus=2, zero_stage=0))
+
+
+BIG = ModelConfig(vocab_size=4096, context=256, num_layers=4, d_model=384, num_heads=6, d_ff=1024,
+                  moe=MoEConfig(num_experts=8, top_k=2, d_expert=1024))  # fmt: skip
+BIG_DENSE = replace(BIG, d_model=512, num_heads=8, num_kv_heads=4, d_ff=1536, num_layers=6, moe=None)
+MODELS = {"sparse": BIG, "sparse bf16": replace(BIG, dtype="bf16"), "dense": BIG_DENSE}
+MEASURED: list[tuple[str, Layout]] = [
+    ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=1, micro_batch=4)),
+    ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=4, accumulation=2)),
+    ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, accumulation=2)),
+    ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=2, micro_batch=8)),
+    ("sparse bf16", Layout(gpus=2, expert_parallel=2, zero_stage=1, micro_batch=8)),
+    ("sparse bf16", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, accumulation=2)),
+    ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4)),
+    ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=1)),
+]
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM, the most since the last reset, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def make_engine(model: ModelConfig, layout: Layout, *, rank: int) -> Engine:
+    topology = Topology(world_size=layout.gpus, rank=rank, expert_parallel=layout.expert_parallel)
+    groups = process_groups.make(topology, device=torch.device("cpu"))
+    experts = topology.local_experts(model.moe.num_experts) if model.moe else None
+    gpt = build_model(model, local_experts=experts, expert_group=groups.expert)
+    initialize(gpt, init_std=0.02, seed=1)
+    config = deepspeed_config(micro_batch=layout.micro_batch, accumulation=layout.accumulation, clip=1.0,
+                              world_size=layout.gpus, zero_stage=layout.zero_stage, dtype=model.dtype)  # fmt: skip
+    optimizer = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    return Engine(Objective(gpt, loss_weights={"balance": 0.01}), groups=groups, config=config, optimizer=optimizer,
+                  clip=1.0)  # fmt: skip
+
+
+def run_step(model: ModelConfig, layout: Layout, *, rank: int, length: int) -> None:
+    engine = make_engine(model, layout, rank=rank)
+    for micro in range(layout.accumulation):
+        generator = torch.Generator().manual_seed(10 * micro + rank)
+        token = torch.randint(0, model.vocab_size, (layout.micro_batch, length + 1), generator=generator)
+        engine.forward_backward(token[:, :-1].contiguous(), token[:, 1:].contiguous())
+    engine.step(1e-3)
+
+
+def measure(rank: int, cases: list[tuple[str, Layout]]) -> list[int]:
+    """The most memory that a step took in each case, beyond what the process had before."""
+    # give freed memory back at once, so that what is resident is what is alive and no two cases mix
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    peaks = []
+    for name, layout in cases:
+        model = MODELS[name]
+        sparse = replace(model.moe, d_expert=32) if model.moe else None
+        small = replace(model, vocab_size=64, d_model=32, num_heads=2, num_kv_heads=None, num_layers=2, d_ff=32,
+                        moe=sparse)  # fmt: skip
+        # imports and the libraries' own buffers, which are no part of a model
+        run_step(small, layout, rank=rank, length=16)
+        gc.collect()
+        dist.barrier()
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
+            clear.write("5")  # VmHWM starts anew
+        before = resident("VmRSS")
+        run_step(model, layout, rank=rank, length=model.context)
+        peaks.append(resident("VmHWM") - before)
+        gc.collect()
+    return peaks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_real_run_takes_the_memory_that_was_planned(ranks, monkeypatch) -> None:
+    # oneDNN's bf16 products keep a compiled kernel for every number of rows they ever see, on a CPU alone
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "1")
+    peaks = ranks(2, measure, MEASURED, time_limit=900.0)[0]
+    off = {}
+    for (name, layout), peak in zip(MEASURED, peaks, strict=True):
+        model = MODELS[name]
+        planned = memory_of(model, layout, sequence_length=model.context, imbalance=1.0, device="cpu", slack=0).total
+        case = f"{name} | {layout.expert_parallel} | {layout.zero_stage} | {layout.micro_batch} x {layout.accumulation}"
+        off[case] = planned / peak - 1
+        print(f"| {case} | {peak / 1e6:.0f} | {planned / 1e6:.0f} | {off[case]:+.1%} |")
+    assert len(off) >= 6
+    assert {case: value for case, value in off.items() if abs(value) > 0.10} == {}
