@@ -22,8 +22,8 @@ BLOCK_ROWS = 1024
 """Rows of an expert computed at a time on CPU: what lies between its maps stays in the cache, and one that gets all the
 tokens needs no more memory for it than the others."""
 ROW_STEP = 64
-"""In bf16 on CPU rows are computed by multiples of this: oneDNN builds, and keeps, a kernel for every number of rows that
-it meets, which takes longer than the product."""
+"""In bf16 on CPU rows are computed by multiples of this: oneDNN builds, and keeps, a kernel for each number of rows
+that it meets, which takes longer than the product."""
 
 
 def activate(h: Tensor, *, activation: str) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.moe import experts as experts_module
 from moetrain.moe.experts import Experts, activate, grouped_linear
 
 ACTIVATIONS = ["swiglu", "geglu", "gelu", "relu"]
@@ -155,6 +156,30 @@ def test_each_expert_answers_its_own_rows(activation: str, name: str) -> None:
     for expert, count in enumerate(counts):
         if count == 0:
             assert not gradients[1][expert].any(), "an expert without rows must have a gradient of zeros"
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2**-6)], ids=["fp64", "bf16"]
+)
+def test_blocks_of_rows_and_rows_computed_beyond_them_change_nothing(
+    name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of two rows, and in bf16 products of three rows at least, so that they reach into the next experts'."""
+    monkeypatch.setattr(experts_module, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(experts_module, "ROW_STEP", 3)
+    counts = COUNTS[name]
+    answers = []
+    for kind, answer in ((dtype, lambda e, x: e(x, torch.tensor(counts))),
+                         (torch.float64, lambda e, x: plain_experts(e, x, counts))):  # fmt: skip
+        experts = make_experts("swiglu").to(dtype).to(kind)
+        x_RD = normal(sum(counts), 4, seed=3, dtype=dtype).to(kind).requires_grad_()
+        out = answer(experts, x_RD)
+        (out * normal(*out.shape, seed=5).to(kind)).sum().backward() if out.requires_grad else None
+        gradients = [x_RD.grad, experts.w_in.grad, experts.w_out.grad]
+        answers.append([out, *(torch.zeros(()) if each is None else each for each in gradients)])
+    for ours, plain in zip(*answers, strict=True):
+        assert (ours.double() - plain.double()).norm() <= tolerance * plain.double().norm()
 
 
 def test_a_gradient_need_not_be_a_block_of_memory() -> None:
