@@ -21,9 +21,9 @@ GATED = ("swiglu", "geglu")
 BLOCK_ROWS = 1024
 """Rows of an expert computed at a time on CPU: what lies between its maps stays in the cache, and one that gets all the
 tokens needs no more memory for it than the others."""
-ROW_STEP = 64
-"""In bf16 on CPU rows are computed by multiples of this: oneDNN builds, and keeps, a kernel for each number of rows
-that it meets, which takes longer than the product."""
+ROW_STEPS = ((256, 16), (BLOCK_ROWS, 64))
+"""In bf16 on CPU, up to so many rows are computed by multiples of so many: oneDNN builds, and keeps, a kernel for each
+number of rows that it meets, which takes longer than the product."""
 
 
 def activate(h: Tensor, *, activation: str) -> Tensor:
@@ -208,11 +208,11 @@ class _Block:
 
 
 def _blocks(counts: list[int], *, dtype: torch.dtype) -> Iterator[_Block]:
-    step = 1 if dtype.itemsize > 2 else ROW_STEP
     begin, total = 0, sum(counts)
     for expert, count in enumerate(counts):
         for done in range(0, max(count, 1), BLOCK_ROWS):
             own = min(count - done, BLOCK_ROWS)
+            step = 1 if dtype.itemsize > 2 else next(step for most, step in ROW_STEPS if own <= most)
             start = begin + done
             stop = min(start + -(-own // step) * step, total)
             yield _Block(expert, is_first=done == 0, rows=slice(start, stop), own=own)
