@@ -92,7 +92,7 @@ def test_a_cluster_of_ones_own_is_found(plan, place) -> None:
 
 
 def test_several_numbers_of_nodes_are_tried(plan) -> None:
-    _, out, _ = plan("cluster=h100_ib", "nodes=1..5", "tokens=1B", "show=500", "objective=gpus")
+    _, out, _ = plan("cluster=h100_ib", "nodes=1..5", "tokens=1B", "show=5000", "objective=gpus")
     rows = [line.split()[1] for line in out.splitlines() if line[:1].isdigit() and "Wh" in line]
     assert set(rows) == {"1", "2", "4", "5"}
     assert rows == sorted(rows)

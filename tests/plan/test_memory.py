@@ -144,6 +144,10 @@ MEASURED: list[tuple[str, Layout]] = [
     ("sparse bf16", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, accumulation=2)),
     ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4)),
     ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=1)),
+    ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=4)),
+    ("sparse bf16", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=4, recompute="full")),
+    ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=1, micro_batch=8, recompute="selective")),
+    ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, offload_optimizer=True)),
 ]
 
 
@@ -157,10 +161,11 @@ def make_engine(model: ModelConfig, layout: Layout, *, rank: int) -> Engine:
     topology = Topology(world_size=layout.gpus, rank=rank, expert_parallel=layout.expert_parallel)
     groups = process_groups.make(topology, device=torch.device("cpu"))
     experts = topology.local_experts(model.moe.num_experts) if model.moe else None
-    gpt = build_model(model, local_experts=experts, expert_group=groups.expert)
+    gpt = build_model(model, local_experts=experts, expert_group=groups.expert, recompute=layout.recompute)
     initialize(gpt, init_std=0.02, seed=1)
     config = deepspeed_config(micro_batch=layout.micro_batch, accumulation=layout.accumulation, clip=1.0,
-                              world_size=layout.gpus, zero_stage=layout.zero_stage, dtype=model.dtype)  # fmt: skip
+                              world_size=layout.gpus, zero_stage=layout.zero_stage, dtype=model.dtype,
+                              offload_optimizer=layout.offload_optimizer)  # fmt: skip
     optimizer = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     return Engine(Objective(gpt, loss_weights={"balance": 0.01}), groups=groups, config=config, optimizer=optimizer,
                   clip=1.0)  # fmt: skip
@@ -209,7 +214,12 @@ def test_a_real_run_takes_the_memory_that_was_planned(ranks, monkeypatch) -> Non
     for (name, layout), peak in zip(MEASURED, peaks, strict=True):
         model = MODELS[name]
         planned = memory_of(model, layout, sequence_length=model.context, imbalance=1.0, device="cpu", slack=0).total
-        case = f"{name} | {layout.expert_parallel} | {layout.zero_stage} | {layout.micro_batch} x {layout.accumulation}"
+        extra = "" if layout.recompute == "none" else f", {layout.recompute}"
+        extra += ", offload" if layout.offload_optimizer else ""
+        case = (
+            f"{name} | {layout.expert_parallel} | {layout.zero_stage}{extra} | "
+            f"{layout.micro_batch} x {layout.accumulation}"
+        )
         off[case] = planned / peak - 1
         print(f"| {case} | {peak / 1e6:.0f} | {planned / 1e6:.0f} | {off[case]:+.1%} |")
     assert len(off) >= 6
