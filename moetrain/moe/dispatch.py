@@ -38,9 +38,9 @@ class Copies:
     """Which of the N rows sorted by expert is which copy."""
 
     order_N: Tensor
-    """int64, for each row its copy: token * K + choice."""
+    """int64, for each row its copy, token * K + choice; on CUDA those that stay behind come last."""
     position_TK: Tensor
-    """int64, for each copy its row; some row for a copy that stays behind."""
+    """int64, for each copy its row; the first one for a copy that stays behind."""
     sent_TK: Tensor | None
     """bool, which copies have a row; None: all of them."""
 
@@ -88,7 +88,9 @@ class Dispatcher:
         self.ranks = 1 if self.all_to_all is None else self.all_to_all.ranks
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        copies = _sort(routing)
+        # how many rows travel is data, for which the host must wait for the device. Between ranks it must know; alone
+        # on CUDA the rows of copies that stay behind lie after the others instead, where no expert looks
+        copies = _sort(routing, cut=self.all_to_all is not None or not x_TD.is_cuda)
         x_ND = _Spread.apply(x_TD, copies)
         x_RD, count_e, exchange = x_ND, routing.sent_E, None
         if self.all_to_all is not None:
@@ -119,7 +121,10 @@ def _exchange(x_ND: Tensor, count_E: Tensor, all_to_all: AllToAll) -> tuple[Tens
     return x_RD, received_Pe.sum(0), Exchange(trip=trip, order_R=order_R, position_R=position_R)
 
 
-def _sort(routing: Routing) -> Copies:
+def _sort(routing: Routing, *, cut: bool) -> Copies:
+    """Args:
+    cut: whether copies that stay behind have no row; otherwise theirs come last.
+    """
     # stable: copies of one expert stay in token order, so that the result does not depend on the sort's whim
     expert_M = routing.expert_TK.flatten()
     sent_TK = routing.sent_TK
@@ -128,10 +133,10 @@ def _sort(routing: Routing) -> Copies:
         return Copies(order_N=order_N, position_TK=_inverse(order_N).view_as(routing.expert_TK), sent_TK=None)
     num_experts = routing.sent_E.numel()
     order_M = torch.where(sent_TK.flatten(), expert_M, num_experts).argsort(stable=True)
-    # how many rows there are is data: here, and only here, the host waits for the device when nothing is exchanged
-    num_rows = int(routing.sent_E.sum())
-    position_M = _inverse(order_M).clamp(max=max(0, num_rows - 1))
-    return Copies(order_N=order_M[:num_rows], position_TK=position_M.view_as(sent_TK), sent_TK=sent_TK)
+    position_TK = torch.where(sent_TK, _inverse(order_M).view_as(sent_TK), 0)
+    if cut:
+        order_M = order_M[: int(routing.sent_E.sum())]
+    return Copies(order_N=order_M, position_TK=position_TK, sent_TK=sent_TK)
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -181,6 +186,9 @@ class _Gather(torch.autograd.Function):
         grad_ND = grads[0].index_select(0, copies.token_N)
         grad_weight_TK = torch.zeros_like(weight_TK)
         grad_weight_TK.view(-1)[copies.order_N] = torch.linalg.vecdot(grad_ND, y_ND)
+        if copies.sent_TK is not None:
+            # what lies in the rows that no expert looked at is anything, NaN included
+            grad_weight_TK = torch.where(copies.sent_TK, grad_weight_TK, 0)
         grad_ND *= weight_TK.flatten()[copies.order_N].unsqueeze(1)
         return grad_ND, grad_weight_TK, None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from moetrain.moe import dispatch as dispatch_module
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing, make_routing
@@ -90,6 +93,41 @@ def test_copies_that_do_not_travel_are_left_out(name: str) -> None:
     expected.backward(upstream)
     torch.testing.assert_close(x_TD.grad, x_plain.grad)
     torch.testing.assert_close(weight_TK.grad, weight_plain.grad)
+
+
+@pytest.mark.parametrize("name", ["some", "all", "one"])
+def test_rows_of_copies_that_stay_behind_may_hold_anything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a single CUDA device, which does not wait to learn how many rows travel: answers and gradients are the
+    same, although the rows after them, which no expert writes, are NaN both ways."""
+    chosen, sent = [[1, 2], [0, 2], [2, 1], [1, 0]], torch.tensor(SENT[name]) == 1
+    sort, found = dispatch_module._sort, {}
+    for cut in (True, False):
+        monkeypatch.setattr(dispatch_module, "_sort", lambda routing, cut, kept=cut: sort(routing, cut=kept))
+        x_TD, weight_TK = normal(4, D_MODEL).requires_grad_(), normal(4, 2, seed=1).requires_grad_()
+        routing = make_routing(torch.tensor(chosen), weight_TK=weight_TK, num_experts=NUM_EXPERTS, sent_TK=sent)
+        rows = Dispatcher(None).dispatch(x_TD, routing)
+        assert rows.x_RD.shape[0] == (int(sent.sum()) if cut else 8)
+        y_RD = _SquareOrNaN.apply(rows.x_RD, int(sent.sum()))
+        y_TD = Dispatcher(None).combine(y_RD, rows.receipt)
+        found[cut] = [y_TD, *torch.autograd.grad(y_TD, [x_TD, weight_TK], normal(4, D_MODEL, seed=2))]
+    for alone, usual in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(alone, usual, rtol=0, atol=0)
+
+
+class _SquareOrNaN(torch.autograd.Function):
+    """Squares of the first rows; neither the others nor their gradients are written."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(x_RD)
+        ctx.rows = rows
+        return torch.cat([x_RD[:rows].square(), torch.full_like(x_RD[rows:], torch.nan)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x_RD,) = ctx.saved_tensors
+        own = 2 * x_RD[: ctx.rows] * grads[0][: ctx.rows]
+        return torch.cat([own, torch.full_like(x_RD[ctx.rows :], torch.nan)]), None
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
