@@ -236,13 +236,6 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return _unpickle_index(Path(self.path) / ".metadata")
 
-
-def _unpickle_index(path: Path) -> Metadata:
-    metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
-    if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}, not an index")
-    return metadata
-
     def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_reader(metadata, *args, **kwargs)
         self._index = metadata
@@ -265,6 +258,13 @@ def _unpickle_index(path: Path) -> Metadata:
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _unpickle_index(path: Path) -> Metadata:
+    metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}, not an index")
+    return metadata
 
 
 class _IndexUnpickler(pickle.Unpickler):
