@@ -24,6 +24,7 @@ MAY_IMPORT = {
         "plan",
         "archive",
         "checkpoint.store",
+        "checkpoint.remote",
         "parallel.lifeline",
         "verify",
         "errors",
@@ -48,7 +49,8 @@ MAY_IMPORT = {
     "errors": set(),
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "errors", "checkpoint.store",
-            "checkpoint.certificate", "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule",
+            "checkpoint.certificate", "checkpoint.remote", "parallel.topology", "parallel.lifeline",
+            "parallel.seeds", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {
@@ -59,6 +61,7 @@ ONLY_IN = {
     "transformers": {"bench.peers"},
     "wandb": {"metrics.log"},
     "datasets": {"prepare.text"},
+    "fsspec": {"checkpoint.remote"},
     "matplotlib": {"report.figures"},
 }
 LONGEST_FILE, LONGEST_FUNCTION, FILES_IN_ROOM = 400, 60, 8

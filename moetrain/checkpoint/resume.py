@@ -11,9 +11,6 @@ import torch.distributed as dist
 from moetrain.checkpoint import store
 from moetrain.checkpoint.certificate import Certificate, differences, probe_differences
 from moetrain.checkpoint.state import newest_whole
-from moetrain.config.freeze import freeze
-from moetrain.config.identity import differences as setting_differences
-from moetrain.config.identity import is_fixed
 from moetrain.config.schema import RunConfig
 from moetrain.errors import CheckpointError
 
@@ -37,23 +34,13 @@ def find(
     answer: list[Any] = [None, ""]
     if dist.get_rank(group) == 0:
         found = newest_whole(root, warn=warn)
-        foreign = "" if found is None else _foreign(found[1], run=run, data=data)
+        foreign = "" if found is None else store.foreign(found[1], run=run, data=data)
         answer = [found, f"{found[0]} {foreign}" if found and foreign else ""]
     dist.broadcast_object_list(answer, src=0, group=group)
     if answer[1]:
         raise CheckpointError(f"{answer[1]}; set it back, or choose another name=… or run_dir=… for another run")
     result: Found | None = answer[0]
     return result
-
-
-def _foreign(manifest: store.Manifest, *, run: RunConfig, data: dict[str, str]) -> str:
-    """Why a checkpoint is not one of this run; empty when it is."""
-    other = [name for name in data if manifest.data.get(name) != data[name]]
-    if other:
-        return f"was trained on other data: {', '.join(other)} has changed since"
-    before = freeze(manifest.run)
-    fixed = {name: values for name, values in setting_differences(before, run).items() if is_fixed(name)}
-    return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in fixed.items())
 
 
 def hold_certificate(

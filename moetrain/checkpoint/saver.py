@@ -1,23 +1,26 @@
 """Saving while training goes on: the training thread copies in memory, another one writes.
 
     training   … step | copy | step   step   step … | wait, copy | step …
-    writer                   | write, digest, agree, commit, prune |
+    writer                   | write, digest, agree, commit, prune, copy to the remote place |
 
 The copy lies in host memory that is taken once and used by every save. There is at most one save in flight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.checkpoint import state, store
+from moetrain.checkpoint import remote, state, store
+from moetrain.checkpoint.remote import Remote
 from moetrain.checkpoint.state import Fragment
 from moetrain.errors import CheckpointError
 
@@ -79,11 +82,20 @@ class Saver:
         group: all ranks, on a backend that moves host memory. In use while training goes on: nothing else may use it.
         retention: what stays.
         asynchronous: write beside the training, from a copy; else before ``begin`` returns, without one.
+        remote: where copies go, in the same thread after the commit; None: nowhere.
     """
 
-    def __init__(self, root: Path, *, group: dist.ProcessGroup, retention: store.Retention, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        group: dist.ProcessGroup,
+        retention: store.Retention,
+        asynchronous: bool,
+        remote: Remote | None = None,
+    ) -> None:
         self.asynchronous = asynchronous
-        self._root, self._group, self._retention = root, group, retention
+        self._root, self._group, self._retention, self._remote = root, group, retention, remote
         self._snapshot = Snapshot() if asynchronous else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: Future[Outcome] | None = None
@@ -125,4 +137,51 @@ class Saver:
             except OSError as error:
                 # the new checkpoint is whole: an old one that will not go is no reason to stop
                 warnings.append(f"old checkpoints could not be removed: {error}")
+        if self._remote is not None:
+            try:
+                self._copy(self._remote)
+            except CheckpointError as error:
+                # here it is whole, and training can go on from it
+                warnings.append(
+                    f"step {manifest.step:,} is saved, but its copy is not; the next save tries again: {error}"
+                )
         return Outcome(manifest.step, None, warnings)
+
+    def _copy(self, there: Remote) -> None:
+        """Carry every checkpoint that is missing there, each rank its share of the files, the manifest last."""
+
+        def first(action: Callable[[], Any]) -> Any:
+            return _on_all(lambda: action() if dist.get_rank(self._group) == 0 else None, self._group)[0]
+
+        for directory in first(lambda: remote.missing(there, self._root, self._retention)):
+            step = store.step_of(directory)
+            first(lambda step=step: there.clear(step))
+            _on_all(lambda directory=directory: there.upload(directory, _share(directory, self._group)), self._group)
+            first(lambda directory=directory: there.commit(directory))
+        first(lambda: remote.prune(there, self._root, self._retention))
+
+
+def _share(directory: Path, group: dist.ProcessGroup) -> list[store.FileDigest]:
+    """This rank's own files, and where fewer ranks run than wrote the checkpoint, some of the others'."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    share = []
+    for each in store.read_manifest(directory).files:
+        match = re.match(r"__(\d+)_", each.name)
+        if (int(match[1]) if match else 0) % world_size == rank:
+            share.append(each)
+    return share
+
+
+def _on_all(action: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
+    """What ``action`` returns on each rank; when it fails on one, raise on all, with that rank's cause."""
+    own: tuple[Any, str]
+    try:
+        own = action(), ""
+    except (CheckpointError, OSError) as error:
+        own = None, str(error)
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, own, group=group)
+    for rank, (_, failure) in enumerate(told):
+        if failure:
+            raise CheckpointError(f"rank {rank}: {failure}")
+    return [result for result, _ in told]

@@ -8,16 +8,21 @@ checkpoints/step_00002000.pruned.partial/     being removed
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.certificate import Certificate
+from moetrain.config.freeze import freeze
+from moetrain.config.identity import differences, is_fixed
+from moetrain.config.schema import CheckpointConfig, RunConfig
 from moetrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -73,6 +78,11 @@ class Retention:
     best: int = 0
     """How many of those with the lowest held-out loss."""
 
+    @classmethod
+    def of(cls, config: CheckpointConfig) -> Retention:
+        """What the settings of a run say."""
+        return cls(keep=config.keep, every_steps=config.keep_every_steps, best=config.keep_best)
+
 
 def step_directory(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
@@ -124,13 +134,32 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = dict(json.loads(path.read_text()))
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    return parse_manifest(text, path=str(path))
+
+
+def parse_manifest(text: bytes, *, path: str) -> Manifest:
+    """What the bytes of a manifest say.
+
+    Args:
+        path: where they come from, for the error.
+
+    Raises:
+        CheckpointError: they are no manifest, or one of another format.
+    """
+    try:
+        content = dict(json.loads(text.decode()))
         if content["format"] != FORMAT:
             raise ValueError(f"it has format {content['format']}, but this version reads format {FORMAT}")
         files = [FileDigest(**each) for each in content.pop("files")]
+        foreign = [each.name for each in files if each.name != Path(each.name).name or each.name in ("", MANIFEST)]
+        if foreign:  # it may come from a store that others write to, and a path would lead out of the directory
+            raise ValueError(f"{foreign[0]!r} is not the name of a file beside it")
         certificate = content.pop("certificate", None)
         return Manifest(files=files, certificate=certificate and Certificate(**certificate), **content)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
@@ -155,6 +184,19 @@ def check_name(directory: Path, manifest: Manifest) -> None:
     """
     if directory.name.partition(".")[0] != step_directory(directory.parent, manifest.step).name:
         raise CheckpointError(f"{directory / MANIFEST} is of step {manifest.step}, not of the directory's")
+
+
+def foreign(manifest: Manifest, *, run: RunConfig, data: dict[str, str]) -> str:
+    """Why a checkpoint is not one of this run; empty when it is.
+
+    Args:
+        data: digests of the token files and the tokenizer.
+    """
+    other = [name for name in data if manifest.data.get(name) != data[name]]
+    if other:
+        return f"was trained on other data: {', '.join(other)} has changed since"
+    changed = differences(freeze(manifest.run), run)
+    return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in changed.items() if is_fixed(name))
 
 
 def check_file(directory: Path, expected: FileDigest, *, digest: bool = True) -> None:
@@ -198,18 +240,47 @@ def prune(root: Path, retention: Retention) -> None:
 
 
 def superfluous(root: Path, retention: Retention) -> list[Path]:
-    """The checkpoints that need not stay.
+    """The checkpoints that need not stay."""
+    whole = counted(root)
+    going = going_steps(map(step_of, whole), retention, losses=held_out_losses(whole) if retention.best else {})
+    return [path for path in whole if step_of(path) in going]
 
-    Steps beyond the one saved last stay and do not count: the run would have gone on from there, had they not been
-    damaged. Counted as newest, they would push out the sound ones.
+
+def counted(root: Path) -> list[Path]:
+    """The checkpoints up to the one saved last, in the order of their steps.
+
+    Steps beyond that stay and do not count: the run would have gone on from there, had they not been damaged. Counted
+    as newest, they would push out the sound ones.
     """
     whole = whole_checkpoints(root)
     last_saved = max(range(len(whole)), key=lambda i: (_saved_at(whole[i]), i), default=0)
-    counted = whole[: last_saved + 1]
-    staying = {*counted[-retention.keep :], *_best(counted, retention.best)}
+    return whole[: last_saved + 1]
+
+
+def going_steps(steps: Iterable[int], retention: Retention, *, losses: Mapping[int, float]) -> set[int]:
+    """Which of these steps need not stay.
+
+    Args:
+        losses: held-out loss of the steps that have one.
+    """
+    known = sorted(steps)
+    # of two alike the newer: it has seen more
+    best = sorted((step for step in known if step in losses), key=lambda step: (losses[step], -step))
+    staying = {*known[-retention.keep :], *best[: retention.best]}
     if retention.every_steps:
-        staying |= {path for path in counted if step_of(path) % retention.every_steps == 0}
-    return [path for path in counted if path not in staying]
+        staying |= {step for step in known if step % retention.every_steps == 0}
+    return set(known) - staying
+
+
+def held_out_losses(whole: Iterable[Path]) -> dict[int, float]:
+    """Held-out loss by step, of the checkpoints that have one; one that is damaged goes with its age."""
+    losses = {}
+    for path in whole:
+        with contextlib.suppress(CheckpointError):
+            loss = read_manifest(path).held_out_loss
+            if loss is not None and loss == loss:
+                losses[step_of(path)] = loss
+    return losses
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -223,19 +294,6 @@ def step_of(directory: Path) -> int:
     match = _NAME.fullmatch(directory.name)
     assert match is not None, directory
     return int(match[1])
-
-
-def _best(whole: list[Path], count: int) -> list[Path]:
-    losses: dict[Path, float] = {}
-    for path in whole if count else []:
-        try:
-            loss = read_manifest(path).held_out_loss
-        except CheckpointError:
-            continue  # damaged; it goes with its age
-        if loss is not None and loss == loss:
-            losses[path] = loss
-    # of two alike the newer: it has seen more
-    return sorted(losses, key=lambda path: (losses[path], -step_of(path)))[:count]
 
 
 def _saved_at(directory: Path) -> int:

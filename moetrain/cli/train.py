@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.cli.options import Options, number, settings
-from moetrain.errors import ConfigError
+from moetrain.errors import CheckpointError, ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
 if TYPE_CHECKING:
+    from moetrain.checkpoint.remote import Remote
     from moetrain.config.schema import RunConfig
     from moetrain.data.corpus import Prepared
     from moetrain.report.screen import Baselines
@@ -74,6 +75,7 @@ def train(words: Sequence[str]) -> int:
     from moetrain.report import screen
 
     run_dir = Path(str(run.run_dir))
+    remote = _remote(run)
     if "--dry-run" in options.flags:
         _compare_with_earlier(run, run_dir)
         print(f"{screen.plan_text(run)}\na dry run: nothing was started")
@@ -81,20 +83,26 @@ def train(words: Sequence[str]) -> int:
     from moetrain.launch.lock import RunLock
 
     with RunLock(run_dir):
+        finished = screen.is_finished(run, run_dir)
+        if remote is not None and not finished:
+            remote.probe()
         run = _prepare_run(run, run_dir)
-        if screen.is_finished(run, run_dir):
+        if finished:
             print(f"{run_dir} is finished; here is what it reached. For another run, set name=… or schedule.steps=…\n")
         else:
             print(screen.plan_text(run), flush=True)
+            _fetch_newest(remote, run, run_dir)
             from moetrain.launch.local import run_local
 
             if run_local(run_dir, processes=run.launch.processes or 1).stopped:
                 print("stopped on request; the same command goes on from the newest checkpoint")
+                _catch_up(remote, run, run_dir)
                 return STOPPED
         screen.draw(run_dir)
         opening = _opening(run)
         sample = "".join(_sample(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
         screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
+        _catch_up(remote, run, run_dir)
     return 0
 
 
@@ -186,6 +194,49 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     write_run(run, run_dir)
     write_origin(run_dir, command=["moetrain", *sys.argv[1:]], data=asdict(prepared.meta))
     return run
+
+
+def _remote(run: RunConfig) -> Remote | None:
+    """Where copies of the checkpoints go; whether it can be reached is not asked."""
+    if run.checkpoint.remote is None:
+        return None
+    from moetrain.checkpoint.remote import Remote
+
+    return Remote(run.checkpoint.remote)
+
+
+def _fetch_newest(remote: Remote | None, run: RunConfig, run_dir: Path) -> None:
+    """Bring the newest checkpoint here, if it is not: in one process, where no rank waits for another meanwhile."""
+    if remote is None:
+        return
+    from moetrain.checkpoint import store
+    from moetrain.checkpoint.remote import fetch_newest
+    from moetrain.data.corpus import open_prepared
+
+    data = open_prepared(Path(str(run.data.prepared))).digests()
+    fetch_newest(
+        remote,
+        run_dir / "checkpoints",
+        foreign=lambda manifest: store.foreign(manifest, run=run, data=data),
+        warn=lambda message: print(f"warning: {message}", flush=True),
+        say=lambda message: print(message, flush=True),
+    )
+
+
+def _catch_up(remote: Remote | None, run: RunConfig, run_dir: Path) -> None:
+    """Copy what the run's own copying has left out: there is no next save that could make up for it."""
+    if remote is None:
+        return
+    from moetrain.checkpoint import store
+    from moetrain.checkpoint.remote import catch_up
+
+    try:
+        catch_up(remote, run_dir / "checkpoints", store.Retention.of(run.checkpoint))
+    except CheckpointError as error:
+        message = f"checkpoints of {run_dir} are saved, but their copies are not: {error}; the same command tries again"
+        if run.checkpoint.on_failure == "stop":
+            raise CheckpointError(message) from error
+        print(f"warning: {message}", flush=True)
 
 
 def _prepared(run: RunConfig) -> tuple[Path, Prepared]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -133,6 +134,25 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
     for name in ("name", "run_dir"):
         if flat.get(name) == "":
             yield f"{name} is empty, but tells the run's directory: give it a value, or null"
+    remote = flat.get("checkpoint.remote")
+    if isinstance(remote, str):
+        yield from _remote(remote)
+
+
+def _remote(url: str) -> Iterator[str]:
+    protocol, separator, rest = url.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if (at and ":" in user) or "?" in rest or "#" in rest:
+        # not shown: it goes into logs
+        yield (
+            "checkpoint.remote has a password or a query in it, but settings are written down and logged: leave the "
+            "credentials to the environment (AWS_ACCESS_KEY_ID, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, …)"
+        )
+    elif not separator or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or not rest.strip("/"):
+        yield (
+            f"checkpoint.remote is {url!r}, but must be a URL with a place of this run's own, such as "
+            "s3://bucket/runs/name; a local directory is run_dir=…"
+        )
 
 
 def _is_positive(value: float) -> bool:

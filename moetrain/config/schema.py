@@ -249,6 +249,9 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this stay for good; null: none."""
     keep_best: int = 0
     """How many of those with the lowest held-out loss stay; only a step that was evaluated on the way has one."""
+    remote: str | None = None
+    """URL of a place of this run's own where checkpoints are copied to and found again, e.g. s3://bucket/runs/name or
+    gs://…: any that fsspec reaches. Credentials come from the environment, never from here. null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

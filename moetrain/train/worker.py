@@ -23,6 +23,7 @@ from torch import Tensor
 from moetrain.checkpoint import resume, store
 from moetrain.checkpoint import state as checkpoint_state
 from moetrain.checkpoint.certificate import Certificate
+from moetrain.checkpoint.remote import Remote
 from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
@@ -171,8 +172,9 @@ def _save_hook(
     saver = Saver(
         parts.run_dir / "checkpoints",
         group=parts.groups.writer,
-        retention=store.Retention(keep=given.keep, every_steps=given.keep_every_steps, best=given.keep_best),
+        retention=store.Retention.of(given),
         asynchronous=given.asynchronous,
+        remote=None if given.remote is None else Remote(given.remote),
     )
     if given.on_failure == "stop":
         stop.also(saver.has_failed)

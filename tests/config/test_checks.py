@@ -221,6 +221,26 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.offload_optimizer": False}],
     ),
     (
+        {"checkpoint.remote": "bucket/runs/a"},
+        "checkpoint.remote is 'bucket/runs/a', but must be a URL",
+        [{"checkpoint.remote": "s3://bucket/runs/a"}, {"checkpoint.remote": None}],
+    ),
+    (
+        {"checkpoint.remote": "s3://"},
+        "checkpoint.remote is 's3://', but must be a URL",
+        [{"checkpoint.remote": "file:///mnt/runs/a"}],
+    ),
+    (
+        {"checkpoint.remote": "sftp://me:hunter2@host/runs/a"},
+        "checkpoint.remote has a password or a query in it",
+        [{"checkpoint.remote": "sftp://me@host/runs/a"}],
+    ),
+    (
+        {"checkpoint.remote": "https://host/runs/a?token=hunter2"},
+        "checkpoint.remote has a password or a query in it",
+        [{"checkpoint.remote": "gs://bucket/a@b:c"}],
+    ),
+    (
         {"checkpoint.keep_best": 1, "evaluate.every_steps": None},
         "checkpoint.keep_best is 1, but evaluate.every_steps is null",
         [{"evaluate.every_steps": 100}, {"checkpoint.keep_best": 0}],
@@ -367,3 +387,7 @@ def test_steps_are_taken_as_they_are():
     assert in_steps(7, None, tokens_per_step=100) == 7
     assert in_steps(None, None, tokens_per_step=100) is None
     assert steps_in_run(ScheduleConfig(steps=7), tokens_per_step=100) == 7
+
+
+def test_a_password_is_not_repeated():
+    assert "hunter2" not in str(problems({"checkpoint.remote": "s3://me:hunter2@bucket/runs/a"}))
