@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "model": {"moe", "parallel", "config", "errors"},
     "moe": {"parallel", "errors"},
     "prepare": {"data", "errors"},
-    "data": {"errors"},
+    "data": {"config", "errors"},
     "metrics": {"errors"},
     "parallel": {"errors"},
     "config": {"errors"},

@@ -16,7 +16,7 @@ from moetrain.parallel.lifeline import STOPPED
 
 if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
-    from moetrain.data.corpus import Prepared
+    from moetrain.data.build import Corpus
     from moetrain.report.screen import Baselines
 
 HELP = {
@@ -94,8 +94,8 @@ def prepare(words: Sequence[str]) -> int:
     run, _ = settings(Options.read(words))
     from moetrain.report.screen import prepared_text
 
-    directory, prepared = _prepared(run)
-    print(prepared_text(directory, prepared))
+    for part in _prepared(run).parts.values():
+        print(prepared_text(part.directory, part))
     return 0
 
 
@@ -125,9 +125,13 @@ def _compare_with_earlier(run: RunConfig, run_dir: Path) -> None:
                 for name in fixed
             ]
         )
-    free = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name != "data.prepared"]
+    free = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if not _is_place(name)]
     if free:
         print("changed since the last start: " + ", ".join(free))
+
+
+def _is_place(name: str) -> bool:
+    return name.startswith("data.") and name.endswith("prepared")
 
 
 def _in_words(value: Any) -> str:
@@ -138,49 +142,73 @@ def _in_words(value: Any) -> str:
 
 def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
+    from moetrain.config.data import with_prepared
     from moetrain.config.freeze import write_run
-    from moetrain.config.origin import write_origin
+    from moetrain.config.identity import write_origin
+    from moetrain.data.build import make_batches, usage
     from moetrain.data.corpus import TOKENIZER
+    from moetrain.report.screen import mixture_text
 
     _compare_with_earlier(run, run_dir)
-    directory, prepared = _prepared(run)
-    run = replace(run, data=replace(run.data, prepared=str(directory.resolve())))
+    corpus = _prepared(run)
+    run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
+                                                     corpus.parts.items()}))  # fmt: skip
+    make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
     # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
     if not any((run_dir / "checkpoints").glob("step_*/manifest.json")):
-        shutil.copyfile(prepared.tokenizer_path, run_dir / TOKENIZER)
+        shutil.copyfile(corpus.first.tokenizer_path, run_dir / TOKENIZER)
     write_run(run, run_dir)
-    write_origin(run_dir, command=["moetrain", *sys.argv[1:]], data=asdict(prepared.meta))
+    metas = {name: asdict(part.meta) for name, part in corpus.parts.items()}
+    write_origin(run_dir, command=["moetrain", *sys.argv[1:]],
+                 data=metas if run.data.sources else next(iter(metas.values())))  # fmt: skip
+    if run.data.sources:
+        print(mixture_text(usage(run, corpus)))
     return run
 
 
-def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
-    """The token files of a run, made now if they are not there."""
+def _prepared(run: RunConfig) -> Corpus:
+    """The token files of each source of a run, made now if they are not there."""
+    from moetrain.config.data import sources_of
+    from moetrain.data.build import hold_together
+    from moetrain.data.corpus import Prepared, open_prepared
     from moetrain.metrics.console import StageBars
     from moetrain.prepare.directory import prepare as make
     from moetrain.prepare.directory import prepared_directory
 
-    data = run.data
-    what: dict[str, Any] = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,
-                            "vocab_size": run.model.vocab_size, "tokenizer": data.tokenizer}  # fmt: skip
-    directory = Path(data.prepared) if data.prepared else prepared_directory(Path("prepared"), name=data.name, **what)
-    with StageBars("prepare") as bars:
-        return directory, make(directory, progress=bars, **what)
+    parts: dict[str, Prepared] = {}
+    tokenizer = run.data.tokenizer
+    for name, source in sources_of(run.data).items():
+        if source.text is None:
+            parts[name] = open_prepared(Path(str(source.prepared)))
+        else:
+            what: dict[str, Any] = {"text": source.text, "text_column": source.text_column,
+                                    "held_out": source.held_out, "vocab_size": run.model.vocab_size,
+                                    "tokenizer": tokenizer}  # fmt: skip
+            directory = Path(source.prepared or prepared_directory(Path("prepared"), name=name, **what))
+            with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
+                parts[name] = make(directory, progress=bars, **what)
+        tokenizer = tokenizer or str(parts[name].tokenizer_path)
+    return hold_together(parts)
 
 
 def _baselines(run: RunConfig) -> Baselines:
-    from moetrain.data.corpus import read_meta
+    from moetrain.data.build import open_corpus
     from moetrain.report.screen import Baselines
 
-    found = read_meta(Path(str(run.data.prepared))).baselines
-    return Baselines(trigram=found.trigram, xz=found.xz)
+    metas = [part.meta for part in open_corpus(run.data).parts.values()]
+    num_bytes = sum(meta.held_out.bytes for meta in metas)
+    return Baselines(
+        trigram=sum(meta.baselines.trigram * meta.held_out.bytes / num_bytes for meta in metas),
+        xz=sum(meta.baselines.xz * meta.held_out.bytes / num_bytes for meta in metas),
+    )
 
 
 def _opening(run: RunConfig, *, tokens: int = 12) -> str:
     """The first words of the held-out text, for a sample to go on from."""
     from tokenizers import Tokenizer
 
-    from moetrain.data.corpus import open_prepared
+    from moetrain.data.build import open_corpus
 
-    prepared = open_prepared(Path(str(run.data.prepared)))
+    prepared = open_corpus(run.data).first
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text

@@ -4,7 +4,8 @@
     sequence 0        t0 t1 t2                         S+1 tokens: the first S go in, the last S come out
     sequence 1              t2 t3 t4                   the next one starts on the last token of this one
     sample            step * global_batch + i          counted over the whole run
-    sequence of it    permutation(epoch)[sample % n]   n sequences, epoch = sample // n
+    source of it      mixture(sample)                  and how many samples of that source come before, its index
+    sequence of it    permutation(epoch)[index % n]    n sequences, epoch = index // n
 
 Shape suffixes: B global batch, A micro-batches of a step on one rank, M micro_batch, S sequence_length.
 """
@@ -12,13 +13,14 @@ Shape suffixes: B global batch, A micro-batches of a step on one rank, M micro_b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moetrain.data.mixture import Located, Mixture, one_source
 from moetrain.errors import ConfigError, DataError
 
 NOT_COUNTED = -1
@@ -27,36 +29,64 @@ NOT_COUNTED = -1
 _ROUNDS = 8  # four make a permutation look random on large domains (Luby and Rackoff 1988); small ones need more
 
 
-class Batches:
-    """The training batches; the one at step s is a function of the tokens, the seed and s alone.
-
-    Each sequence comes once in an epoch, in an order of that epoch's own. A batch may reach over the end of an epoch.
+class Sequences:
+    """The training sequences of one source, each once in an epoch, in an order of that epoch's own.
 
     Args:
         tokens: [N] token ids of the training split.
         sequence_length: S, tokens per sequence.
-        global_batch: B, sequences per step over all ranks.
         seed: the order follows from it.
+        name: of the source, for messages.
 
     Raises:
         DataError: the tokens do not make one sequence.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], *, sequence_length: int, global_batch: int, seed: int) -> None:
-        self._tokens = tokens
-        self._sequence_length = sequence_length
-        self._global_batch = global_batch
-        self._seed = seed
-        self.sequences_per_epoch = (len(tokens) - 1) // sequence_length
-        if self.sequences_per_epoch < 1:
+    def __init__(self, tokens: npt.NDArray[Any], *, sequence_length: int, seed: int, name: str = "") -> None:
+        self._tokens, self.sequence_length, self._seed = tokens, sequence_length, seed
+        self.per_epoch = (len(tokens) - 1) // sequence_length
+        if self.per_epoch < 1:
             raise DataError(
-                f"the training text has {len(tokens):,} tokens, but one sequence takes {sequence_length + 1:,} "
-                "(batch.sequence_length and one to predict): add text, or set a smaller batch.sequence_length"
+                f"the training text{f' of {name}' if name else ''} has {len(tokens):,} tokens, but one sequence takes "
+                f"{sequence_length + 1:,} (batch.sequence_length and one to predict): add text, or set a smaller "
+                "batch.sequence_length"
             )
+
+    def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[N, S+1]: those that come ``index``-th, [N]."""
+        epochs, places = np.divmod(index, self.per_epoch)
+        sequences = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            sequences[now] = permute(places[now], size=self.per_epoch, seed=self._seed, epoch=int(epoch))
+        starts = sequences * self.sequence_length
+        return np.stack([self._tokens[start : start + self.sequence_length + 1] for start in starts]).astype(np.int64)
+
+
+class Batches:
+    """The training batches; the one at step s is a function of the sources, the mixture, the seeds and s alone.
+
+    A batch may reach over the end of an epoch.
+
+    Args:
+        sources: all of one sequence length.
+        global_batch: B, sequences per step over all ranks.
+        mixture: which source each sample comes from; None: all from the only one.
+    """
+
+    def __init__(self, sources: Sequence[Sequences], *, global_batch: int, mixture: Mixture | None = None) -> None:
+        assert len({source.sequence_length for source in sources}) == 1
+        assert mixture is not None or len(sources) == 1
+        self._sources, self._mixture = sources, mixture or one_source()
+        self._global_batch = global_batch
 
     def at(self, step: int) -> npt.NDArray[np.int64]:
         """[B, S+1]: all sequences of a step, over all ranks."""
         return self._read(np.arange(self._global_batch), step=step)
+
+    def located(self, step: int) -> Located:
+        """Where the sequences of a step come from, each [B]."""
+        return self._mixture.locate(step * self._global_batch + np.arange(self._global_batch))
 
     def rank_slice(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> npt.NDArray[np.int64]:
         """[A, M, S+1]: what one rank reads at a step, and nothing else is read.
@@ -77,21 +107,25 @@ class Batches:
             )
         rows = np.arange(self._global_batch).reshape(-1, world_size, micro_batch)[:, rank]
         sequences = self._read(rows.reshape(-1), step=step)
-        return sequences.reshape(*rows.shape, self._sequence_length + 1)
+        return sequences.reshape(*rows.shape, -1)
 
     def fingerprint(self, step: int) -> str:
-        """sha256 of ``at(step)`` as little-endian int64: equal runs read equal batches."""
+        """sha256 of ``at(step)`` as little-endian int64: equal runs read equal batches.
+
+        Empty where the sources have nothing left to give.
+        """
+        if self._mixture.length is not None and self._mixture.length < (step + 1) * self._global_batch:
+            return ""
         return hashlib.sha256(self.at(step).astype("<i8").tobytes()).hexdigest()
 
     def _read(self, rows: npt.NDArray[np.int64], *, step: int) -> npt.NDArray[np.int64]:
         assert step >= 0, step
-        epochs, places = np.divmod(step * self._global_batch + rows, self.sequences_per_epoch)
-        sequences = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            now = epochs == epoch
-            sequences[now] = permute(places[now], size=self.sequences_per_epoch, seed=self._seed, epoch=int(epoch))
-        starts = sequences * self._sequence_length
-        return np.stack([self._tokens[start : start + self._sequence_length + 1] for start in starts]).astype(np.int64)
+        located = self._mixture.locate(step * self._global_batch + rows)
+        sequences = np.empty((len(rows), self._sources[0].sequence_length + 1), dtype=np.int64)
+        for source in np.unique(located.source):
+            of_it = located.source == source
+            sequences[of_it] = self._sources[source].read(located.index[of_it])
+        return sequences
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moetrain.checkpoint.certificate import Certificate
 from moetrain.data.corpus import TokenFile
@@ -38,6 +39,8 @@ class Evaluation:
     """Predicted tokens."""
     load: LoadReport | None
     """None for a dense model."""
+    by_source: dict[str, float]
+    """The loss on the text of each source; empty where there is one alone."""
 
     @property
     def perplexity(self) -> float:
@@ -45,11 +48,25 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
+@dataclass(frozen=True)
+class HeldOutShare:
+    """This rank's share of the held-out text of a source.
+
+    Attributes:
+        num_tokens: of all the held-out text of the source; what its loss weighs among the others'.
+        num_bytes: the same in UTF-8.
+    """
+
+    name: str
+    batches: Iterable[HeldOutBatch]
+    num_tokens: int
+    num_bytes: int
+
+
 def evaluate(
     gpt: GPT,
-    batches: Iterable[HeldOutBatch],
+    shares: Sequence[HeldOutShare],
     *,
-    bytes_per_token: float,
     meter: LoadMeter | None,
     device: torch.device,
     group: dist.ProcessGroup,
@@ -58,14 +75,38 @@ def evaluate(
     """Evaluate over all ranks; each brings the same number of batches, since an MoE block needs them all.
 
     Args:
-        batches: this rank's share.
-        bytes_per_token: UTF-8 bytes of the held-out text over its tokens.
+        shares: one for each source.
         meter: counts the expert load; None for a dense model.
         on_batch: called after each batch, for a progress bar.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = gpt.training
     gpt.eval()
+    total = torch.stack([_summed(gpt, each.batches, meter=meter, device=device, on_batch=on_batch) for each in shares])
+    gpt.train(was_training)
+    dist.all_reduce(total, group=group)
+    losses = [summed_nats / count for summed_nats, count in total.tolist()]
+    num_tokens, num_bytes = sum(each.num_tokens for each in shares), sum(each.num_bytes for each in shares)
+    # by the size of their texts, however few sequences were read of each
+    loss = sum(each.num_tokens / num_tokens * loss for each, loss in zip(shares, losses, strict=True))
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=loss / math.log(2) / (num_bytes / num_tokens),
+        tokens=int(total[:, 1].sum().item()),
+        load=meter.read(group) if meter is not None else None,
+        by_source={each.name: loss for each, loss in zip(shares, losses, strict=True)} if len(shares) > 1 else {},
+    )
+
+
+def _summed(
+    gpt: GPT,
+    batches: Iterable[HeldOutBatch],
+    *,
+    meter: LoadMeter | None,
+    device: torch.device,
+    on_batch: Callable[[], None],
+) -> Tensor:
+    """Nats and how many tokens they are of, [2]."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         # rows of padding keep the number of batches even between ranks; a pass with one row does that as well, and
         # what is not text must not be counted as load
@@ -79,16 +120,7 @@ def evaluate(
                 meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
                           tokens=tokens.numel(), balance=load.balance, z=load.z)  # fmt: skip
         on_batch()
-    gpt.train(was_training)
-    dist.all_reduce(total, group=group)
-    summed_nats, count = total.tolist()
-    loss = summed_nats / count
-    return Evaluation(
-        loss=loss,
-        bits_per_byte=loss / math.log(2) / bytes_per_token,
-        tokens=int(count),
-        load=meter.read(group) if meter is not None else None,
-    )
+    return total
 
 
 class Evaluator:
@@ -96,10 +128,10 @@ class Evaluator:
 
     Args:
         gpt: the model.
-        held_out: the text.
+        held_out: the text of each source, by its name.
         sequence_length: tokens per sequence.
         micro_batch: sequences per forward pass on one rank.
-        max_sequences: how many are some; None: all.
+        max_sequences: how many of each source are some; None: all.
         meter: counts the expert load; None for a dense model.
         groups: this rank's.
     """
@@ -107,7 +139,7 @@ class Evaluator:
     def __init__(
         self,
         gpt: GPT,
-        held_out: TokenFile,
+        held_out: dict[str, TokenFile],
         *,
         sequence_length: int,
         micro_batch: int,
@@ -124,25 +156,32 @@ class Evaluator:
 
     def all_of_it(self) -> Evaluation:
         """On all held-out text, with a progress bar."""
-        topology = self._groups.topology
-        batches = -(-(self._held_out.num_tokens - 1) // (self._length * self._micro_batch * topology.world_size))
-        with WorkBar("evaluate", total=batches, unit="batches", shown=topology.rank == 0) as bar:
+        in_a_batch = self._length * self._micro_batch * self._groups.topology.world_size
+        batches = sum(-(-(each.num_tokens - 1) // in_a_batch) for each in self._held_out.values())
+        with WorkBar("evaluate", total=batches, unit="batches", shown=self._groups.topology.rank == 0) as bar:
             done = itertools.count(1)
             return self._evaluate(None, on_batch=lambda: bar.advance_to(next(done)))
 
     def _evaluate(self, max_sequences: int | None, *, on_batch: Callable[[], None]) -> Evaluation:
-        batches = held_out_batches(
-            self._held_out.tokens,
-            sequence_length=self._length,
-            rank=self._groups.topology.rank,
-            world_size=self._groups.topology.world_size,
-            micro_batch=self._micro_batch,
-            max_sequences=max_sequences,
-        )
+        shares = [
+            HeldOutShare(
+                name=name,
+                batches=held_out_batches(
+                    text.tokens,
+                    sequence_length=self._length,
+                    rank=self._groups.topology.rank,
+                    world_size=self._groups.topology.world_size,
+                    micro_batch=self._micro_batch,
+                    max_sequences=max_sequences,
+                ),
+                num_tokens=text.num_tokens,
+                num_bytes=text.num_bytes,
+            )
+            for name, text in self._held_out.items()
+        ]
         return evaluate(
             self._gpt,
-            batches,
-            bytes_per_token=self._held_out.num_bytes / self._held_out.num_tokens,
+            shares,
             meter=self._meter,
             device=self._groups.device,
             group=self._groups.world,
@@ -200,11 +239,19 @@ def certify(
     )
 
 
-def probe_batches(held_out: TokenFile, *, sequence_length: int) -> Iterator[HeldOutBatch]:
-    """The probe of a run: a few held-out sequences, one to a batch, so that they fit wherever training does."""
-    return held_out_batches(
-        held_out.tokens, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
-        max_sequences=PROBE_SEQUENCES,
+def probe_batches(held_out: Iterable[TokenFile], *, sequence_length: int) -> Iterator[HeldOutBatch]:
+    """The probe of a run: a few held-out sequences, one to a batch, so that they fit wherever training does.
+
+    Args:
+        held_out: the text of each source; they share the sequences, one at least for each of the first ones.
+    """
+    texts = list(held_out)[:PROBE_SEQUENCES]
+    return itertools.chain.from_iterable(
+        held_out_batches(
+            text.tokens, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
+            max_sequences=PROBE_SEQUENCES // len(texts),
+        )
+        for text in texts
     )  # fmt: skip
 
 

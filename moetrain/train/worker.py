@@ -26,7 +26,7 @@ from moetrain.checkpoint.certificate import Certificate
 from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
-from moetrain.data.corpus import Prepared, open_prepared
+from moetrain.data.build import Corpus, make_batches, open_corpus
 from moetrain.data.loader import Batches
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
@@ -49,7 +49,8 @@ class Parts:
     run_dir: Path
     groups: Groups
     sizes: Sizes
-    prepared: Prepared
+    corpus: Corpus
+    batches: Batches
     engine: Engine
 
     @property
@@ -72,14 +73,22 @@ def run_rank(run_dir: Path) -> bool:
     )
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
-    prepared = open_prepared(Path(str(run.data.prepared)))
+    corpus = open_corpus(run.data)
     engine = build_engine(
         run,
         groups=groups,
         sizes=sizes,
-        frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
+        frequency=lambda: torch.from_numpy(corpus.frequencies(run.model.vocab_size)),
     )
-    parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
+    parts = Parts(
+        run=run,
+        run_dir=run_dir,
+        groups=groups,
+        sizes=sizes,
+        corpus=corpus,
+        batches=make_batches(run, corpus),
+        engine=engine,
+    )
     state, resumed_from = _restore(parts)
 
     if parts.is_first:
@@ -199,7 +208,7 @@ def _restore(parts: Parts) -> tuple[TrainState, str]:
 
     run, control = parts.run, parts.groups.control
     root = parts.run_dir / "checkpoints"
-    found = resume.find(root, run=run, data=parts.prepared.digests(), group=control, warn=warn)
+    found = resume.find(root, run=run, data=parts.corpus.digests(), group=control, warn=warn)
     if found is None:
         return TrainState(), ""
     directory, manifest = found
@@ -219,7 +228,7 @@ def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -
         world_size=topology.world_size,
         expert_parallel=topology.expert_parallel,
         run=to_dict(parts.run),
-        data=parts.prepared.digests(),
+        data=parts.corpus.digests(),
         files=[],
         held_out_loss=held_out_loss,
         certificate=_certificate(parts, step=state.step),
@@ -230,9 +239,9 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     run = parts.run
     return certify(
         parts.engine.gpt,
-        probe_batches(parts.prepared.held_out, sequence_length=parts.sizes.sequence_length),
+        probe_batches(parts.corpus.held_out().values(), sequence_length=parts.sizes.sequence_length),
         # the first rank vouches for the whole global batch; the others need not read it
-        next_batch=_batches(parts).fingerprint(step) if parts.is_first else "",
+        next_batch=parts.batches.fingerprint(step) if parts.is_first else "",
         next_seed=step_seed(run.seed, step, rank=0),
         device=parts.groups.device,
         layout={
@@ -244,17 +253,8 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     )
 
 
-def _batches(parts: Parts) -> Batches:
-    return Batches(
-        parts.prepared.train.tokens,
-        sequence_length=parts.sizes.sequence_length,
-        global_batch=parts.run.batch.global_batch,
-        seed=parts.run.seed,
-    )
-
-
 def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
-    topology, batches = parts.groups.topology, _batches(parts)
+    topology, batches = parts.groups.topology, parts.batches
 
     def at(step: int) -> Sequence[tuple[Tensor, Tensor]]:
         rows = batches.rank_slice(
@@ -269,7 +269,7 @@ def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor
 def _evaluator(parts: Parts) -> Evaluator:
     return Evaluator(
         parts.engine.gpt,
-        parts.prepared.held_out,
+        parts.corpus.held_out(),
         sequence_length=parts.sizes.sequence_length,
         micro_batch=parts.sizes.micro_batch,
         max_sequences=parts.run.evaluate.max_sequences,

@@ -28,7 +28,7 @@ from torch import Tensor
 from moetrain.checkpoint.state import Fragment
 from moetrain.config.checks import steps_in_run
 from moetrain.config.schema import RunConfig
-from moetrain.data.loader import Batches
+from moetrain.data.loader import Batches, Sequences
 from moetrain.errors import MoetrainError
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
@@ -82,7 +82,9 @@ class _Data:
         draws = np.random.default_rng(derive_seed(run.seed, "verify")).random(TOKENS) ** 2
         tokens = (draws * vocab).astype(np.uint16)
         return _Data(
-            batches=Batches(tokens, sequence_length=length, global_batch=run.batch.global_batch, seed=run.seed),
+            batches=Batches(
+                [Sequences(tokens, sequence_length=length, seed=run.seed)], global_batch=run.batch.global_batch
+            ),
             frequency_V=torch.from_numpy(np.bincount(tokens, minlength=vocab)),
         )
 

@@ -17,7 +17,7 @@ from moetrain.model.build import build_model, initialize
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.seeds import derive_seed
 from moetrain.parallel.topology import Topology
-from moetrain.train.evaluate import certify, evaluate, probe_batches
+from moetrain.train.evaluate import HeldOutShare, certify, evaluate, probe_batches
 from moetrain.train.loop import step_seed
 
 MODEL = ModelConfig(vocab_size=50, context=8, d_model=16, num_layers=2, num_heads=2, d_ff=32,
@@ -37,7 +37,8 @@ def evaluate_rank(rank: int):
     batches = held_out_batches(TOKENS, sequence_length=LENGTH, rank=rank, world_size=2, micro_batch=3,
                                max_sequences=None)  # fmt: skip
     calls = []
-    found = evaluate(model(), batches, bytes_per_token=2.0, meter=LoadMeter(2, 4, "cpu"), device=torch.device("cpu"),
+    share = HeldOutShare("a", batches, num_tokens=len(TOKENS), num_bytes=2 * len(TOKENS))
+    found = evaluate(model(), [share], meter=LoadMeter(2, 4, "cpu"), device=torch.device("cpu"),
                      group=dist.group.WORLD, on_batch=lambda: calls.append(1))  # fmt: skip
     return {"loss": found.loss, "bits": found.bits_per_byte, "tokens": found.tokens, "share": found.load.share,
             "calls": len(calls)}  # fmt: skip
@@ -68,7 +69,7 @@ class HeldOut:
 
 
 def certified(gpt, *, step: int = 5):
-    probe = probe_batches(HeldOut(), sequence_length=LENGTH)
+    probe = probe_batches([HeldOut()], sequence_length=LENGTH)
     return certify(gpt, probe, next_batch="abc", next_seed=step_seed(1234, step, rank=0), device=torch.device("cpu"),
                    layout={"world_size": 1})  # fmt: skip
 

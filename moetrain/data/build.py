@@ -1,0 +1,202 @@
+"""Settings to batches: the prepared sources of a run, how they are mixed, and what that comes to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moetrain.config.checks import steps_in_run
+from moetrain.config.data import DataConfig, SourceConfig, sources_of
+from moetrain.config.schema import RunConfig
+from moetrain.data.corpus import Prepared, TokenFile, open_prepared
+from moetrain.data.loader import Batches, Sequences
+from moetrain.data.mixture import Mixture, Stage
+from moetrain.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The prepared sources of a run, all of one tokenizer."""
+
+    parts: dict[str, Prepared]
+    """By the name of the source."""
+
+    @property
+    def first(self) -> Prepared:
+        """Its tokenizer is that of all."""
+        return next(iter(self.parts.values()))
+
+    def digests(self) -> dict[str, str]:
+        """What a model trained on this must find again: its tokens and their meaning."""
+        if len(self.parts) == 1:
+            return self.first.digests()
+        found = {"tokenizer": self.first.meta.tokenizer_fingerprint}
+        for name, part in self.parts.items():
+            found |= {f"{what} of {name}": digest for what, digest in part.digests().items() if what != "tokenizer"}
+        return found
+
+    def held_out(self) -> dict[str, TokenFile]:
+        """The held-out text of each source."""
+        return {name: part.held_out for name, part in self.parts.items()}
+
+    def frequencies(self, vocab_size: int) -> npt.NDArray[np.int64]:
+        """How often each token id occurs at the beginning of the sources, [vocab_size]."""
+        found = np.zeros(vocab_size, dtype=np.int64)
+        for part in self.parts.values():
+            found += part.train.frequencies(vocab_size)
+        return found
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """What a run reads of one source."""
+
+    name: str
+    sequences: int
+    """Over the whole run."""
+    share: float
+    """Of all the sequences."""
+    epochs: float
+    used_up_at: int | None
+    """The step at which it had nothing left to give (``max_epochs``); None: it lasts."""
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """Open the token files of every source; ``data`` says where they are.
+
+    Raises:
+        DataError: one cannot be opened, or has another tokenizer than the first.
+    """
+    return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(data).items()})
+
+
+def hold_together(parts: dict[str, Prepared]) -> Corpus:
+    """Make one corpus of prepared sources.
+
+    Raises:
+        DataError: one has another tokenizer than the first.
+    """
+    (first, its), *others = parts.items()
+    for name, part in others:
+        if part.meta.tokenizer_fingerprint != its.meta.tokenizer_fingerprint:
+            raise DataError(
+                f"the source {name} ({part.directory}) was prepared with another tokenizer than {first} "
+                f"({its.directory}), and a model knows one: prepare it again with data.tokenizer={its.tokenizer_path}"
+            )
+    return Corpus(parts)
+
+
+def make_batches(run: RunConfig, corpus: Corpus) -> Batches:
+    """The batches of a run, resolved.
+
+    Raises:
+        DataError: a source is shorter than one sequence, or all of them end before the run does.
+        ConfigError: the epochs of the sources take more than there is.
+    """
+    sources = _sequences(run, corpus)
+    mixture = _mixture(run, sources)
+    total = _steps(run) * run.batch.global_batch
+    if mixture.length is not None and mixture.length < total:
+        raise DataError(
+            f"every source has been read as often as max_epochs lets it after step "
+            f"{mixture.length // run.batch.global_batch:,} of {_steps(run):,}: raise max_epochs, add text, or set "
+            "schedule.steps to less"
+        )
+    return Batches(list(sources.values()), global_batch=run.batch.global_batch, mixture=mixture)
+
+
+def usage(run: RunConfig, corpus: Corpus) -> list[SourceUse]:
+    """What a run will have read of each source at its end.
+
+    Raises:
+        ConfigError: as ``make_batches``.
+    """
+    sources = _sequences(run, corpus)
+    mixture = _mixture(run, sources)
+    total = _steps(run) * run.batch.global_batch
+    if mixture.length is not None:
+        total = min(total, mixture.length)
+    counts = mixture.counts(total)
+    used_up = {source: at // run.batch.global_batch for source, at in mixture.used_up.items() if at < total}
+    return [
+        SourceUse(name=name, sequences=count, share=count / total, epochs=count / sequences.per_epoch,
+                  used_up_at=used_up.get(number))
+        for number, ((name, sequences), count) in enumerate(zip(sources.items(), counts, strict=True))
+    ]  # fmt: skip
+
+
+def _steps(run: RunConfig) -> int:
+    length = run.batch.sequence_length or run.model.context
+    return steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * length)
+
+
+def _sequences(run: RunConfig, corpus: Corpus) -> dict[str, Sequences]:
+    length = run.batch.sequence_length or run.model.context
+    return {
+        name: Sequences(
+            part.train.tokens,
+            sequence_length=length,
+            # sources of one size must not be read in one order; a run of one source has its seed alone
+            seed=run.seed if run.data.sources is None else _seed_of(name, seed=run.seed),
+            name="" if run.data.sources is None else name,
+        )
+        for name, part in corpus.parts.items()
+    }
+
+
+def _seed_of(name: str, *, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8, person=b"moetrain source").digest()
+    return int.from_bytes(digest, "little")
+
+
+def _mixture(run: RunConfig, sources: dict[str, Sequences]) -> Mixture:
+    settings, steps = sources_of(run.data), _steps(run)
+    sizes = [each.per_epoch for each in sources.values()]
+    most = [
+        None if each.max_epochs is None else max(1, int(each.max_epochs * size))
+        for each, size in zip(settings.values(), sizes, strict=True)
+    ]
+    own = _own_weights(settings, sizes=sizes, total=steps * run.batch.global_batch, temperature=run.data.temperature)
+    if run.data.mixture is None:
+        return Mixture([Stage(end=None, weights=own)], most=most)
+    stages: list[Stage] = []
+    begin = 0
+    for stage in run.data.mixture:
+        weights = own if stage.weights is None else tuple(stage.weights.get(name, 0.0) for name in settings)
+        # the last one has no end: what the batch after the run would be is asked for by the last certificate
+        end = None if stage.until == 1 else round(stage.until * steps) * run.batch.global_batch
+        if end is None or end > begin:
+            stages.append(Stage(end=end, weights=weights))
+            begin = end or begin
+    return Mixture(stages, most=most)
+
+
+def _own_weights(
+    settings: dict[str, SourceConfig], *, sizes: Sequence[int], total: int, temperature: float
+) -> tuple[float, ...]:
+    """The weight of each source: what it is given, by its size, or so that it is read ``epochs`` times in the run."""
+    by_epochs = [0.0 if each.epochs is None else each.epochs * size
+                 for each, size in zip(settings.values(), sizes, strict=True)]  # fmt: skip
+    plain = [
+        0.0 if each.epochs is not None else each.weight if each.weight is not None else size ** (1 / temperature)
+        for each, size in zip(settings.values(), sizes, strict=True)
+    ]
+    rest = total - sum(by_epochs)
+    if not any(plain):
+        return tuple(by_epochs)
+    if not any(by_epochs):
+        return tuple(plain)
+    if rest < 0:
+        asked = ", ".join(f"{name} {each.epochs:g} times" for name, each in settings.items() if each.epochs is not None)
+        raise ConfigError(
+            [
+                f"data.sources: to read {asked} takes {sum(by_epochs):,.0f} sequences, but the run has {total:,}, and "
+                "nothing would be left for the others: set fewer epochs, or schedule.steps to more"
+            ]
+        )
+    return tuple(fixed + weight / sum(plain) * rest for fixed, weight in zip(by_epochs, plain, strict=True))
