@@ -64,6 +64,10 @@ class DataConfig:
     """No source is read more often. null: no limit."""
     mixture: list[StageConfig] | None = None
     """A schedule of mixtures: [{until: 0.9}, {until: 1, weights: {wiki: 1}}]. null: one mixture throughout."""
+    mask_documents: bool = False
+    """Attention stays within a document; else documents that lie in one sequence see those before them."""
+    reset_positions: bool = False
+    """Positions count from the start of each document instead of the sequence's."""
 
 
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:

@@ -16,6 +16,7 @@ from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, TokenFile, open_prepared
 from moetrain.data.loader import Batches, Sequences
 from moetrain.data.mixture import Mixture, Stage
+from moetrain.data.packing import Packing
 from moetrain.errors import ConfigError, DataError
 
 
@@ -43,6 +44,14 @@ class Corpus:
     def held_out(self) -> dict[str, TokenFile]:
         """The held-out text of each source."""
         return {name: part.held_out for name, part in self.parts.items()}
+
+    def packing(self, data: DataConfig) -> Packing:
+        """What documents in one sequence see of each other."""
+        return Packing(
+            end_of_text=self.first.meta.end_of_text,
+            mask_documents=data.mask_documents,
+            reset_positions=data.reset_positions,
+        )
 
     def frequencies(self, vocab_size: int) -> npt.NDArray[np.int64]:
         """How often each token id occurs at the beginning of the sources, [vocab_size]."""

@@ -18,11 +18,13 @@ from torch import Tensor
 from moetrain.checkpoint.certificate import Certificate
 from moetrain.data.corpus import TokenFile
 from moetrain.data.loader import HeldOutBatch, held_out_batches
+from moetrain.data.packing import Packing
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.model.gpt import GPT
 from moetrain.model.objective import NOT_COUNTED, negative_log_likelihood
 from moetrain.parallel.groups import Groups
+from moetrain.train.setup import held_out_micro_batch
 
 PROBE_SEQUENCES = 4
 
@@ -67,6 +69,7 @@ def evaluate(
     gpt: GPT,
     shares: Sequence[HeldOutShare],
     *,
+    packing: Packing,
     meter: LoadMeter | None,
     device: torch.device,
     group: dist.ProcessGroup,
@@ -76,12 +79,15 @@ def evaluate(
 
     Args:
         shares: one for each source.
+        packing: what documents in one sequence see of each other.
         meter: counts the expert load; None for a dense model.
         on_batch: called after each batch, for a progress bar.
     """
     was_training = gpt.training
     gpt.eval()
-    total = torch.stack([_summed(gpt, each.batches, meter=meter, device=device, on_batch=on_batch) for each in shares])
+    total = torch.stack(
+        [_summed(gpt, each.batches, packing=packing, meter=meter, device=device, on_batch=on_batch) for each in shares]
+    )
     gpt.train(was_training)
     dist.all_reduce(total, group=group)
     losses = [summed_nats / count for summed_nats, count in total.tolist()]
@@ -101,6 +107,7 @@ def _summed(
     gpt: GPT,
     batches: Iterable[HeldOutBatch],
     *,
+    packing: Packing,
     meter: LoadMeter | None,
     device: torch.device,
     on_batch: Callable[[], None],
@@ -112,13 +119,14 @@ def _summed(
         # what is not text must not be counted as load
         real = max(1, int((batch.targets != NOT_COUNTED).any(axis=1).sum()))
         is_text = bool((batch.targets[0] != NOT_COUNTED).any())
-        tokens, targets = (torch.from_numpy(each[:real]).to(device) for each in (batch.tokens, batch.targets))
-        summed, loads = negative_log_likelihood(gpt, tokens, targets)
-        total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
+        rows = HeldOutBatch(tokens=batch.tokens[:real], targets=batch.targets[:real])
+        given = held_out_micro_batch(rows, packing=packing, device=device)
+        summed, loads = negative_log_likelihood(gpt, given)
+        total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
         if meter is not None and is_text:
             for layer, load in enumerate(loads):
                 meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
-                          tokens=tokens.numel(), balance=load.balance, z=load.z)  # fmt: skip
+                          tokens=given.token_BS.numel(), balance=load.balance, z=load.z)  # fmt: skip
         on_batch()
     return total
 
@@ -133,6 +141,7 @@ class Evaluator:
         micro_batch: sequences per forward pass on one rank.
         max_sequences: how many of each source are some; None: all.
         meter: counts the expert load; None for a dense model.
+        packing: as ``evaluate``.
         groups: this rank's.
     """
 
@@ -143,11 +152,13 @@ class Evaluator:
         *,
         sequence_length: int,
         micro_batch: int,
+        packing: Packing,
         max_sequences: int | None,
         meter: LoadMeter | None,
         groups: Groups,
     ) -> None:
         self._gpt, self._held_out, self._meter, self._groups = gpt, held_out, meter, groups
+        self._packing = packing
         self._length, self._micro_batch, self._max_sequences = sequence_length, micro_batch, max_sequences
 
     def some_of_it(self) -> Evaluation:
@@ -182,6 +193,7 @@ class Evaluator:
         return evaluate(
             self._gpt,
             shares,
+            packing=self._packing,
             meter=self._meter,
             device=self._groups.device,
             group=self._groups.world,
@@ -194,6 +206,7 @@ def certify(
     gpt: GPT,
     probe: Iterable[HeldOutBatch],
     *,
+    packing: Packing,
     next_batch: str,
     next_seed: int,
     device: torch.device,
@@ -214,9 +227,9 @@ def certify(
     gpt.eval()
     total, counts = torch.zeros(2, dtype=torch.float64, device=device), None
     for batch in probe:
-        tokens, targets = (torch.from_numpy(each).to(device) for each in (batch.tokens, batch.targets))
-        summed, loads = negative_log_likelihood(gpt, tokens, targets)
-        total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
+        given = held_out_micro_batch(batch, packing=packing, device=device)
+        summed, loads = negative_log_likelihood(gpt, given)
+        total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
         if loads:
             now = torch.stack([load.count_E for load in loads])
             counts = now if counts is None else counts + now

@@ -18,7 +18,6 @@ if __name__ == "__main__":
     die_with_parent()
 
 import torch
-from torch import Tensor
 
 from moetrain.checkpoint import resume, store
 from moetrain.checkpoint import state as checkpoint_state
@@ -28,9 +27,11 @@ from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.build import Corpus, make_batches, open_corpus
 from moetrain.data.loader import Batches
+from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.log import MetricsLog, open_wandb
+from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
@@ -38,7 +39,7 @@ from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
-from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed
+from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Parts:
     sizes: Sizes
     corpus: Corpus
     batches: Batches
+    packing: Packing
     engine: Engine
 
     @property
@@ -87,6 +89,7 @@ def run_rank(run_dir: Path) -> bool:
         sizes=sizes,
         corpus=corpus,
         batches=make_batches(run, corpus),
+        packing=corpus.packing(run.data),
         engine=engine,
     )
     state, resumed_from = _restore(parts)
@@ -240,6 +243,7 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     return certify(
         parts.engine.gpt,
         probe_batches(parts.corpus.held_out().values(), sequence_length=parts.sizes.sequence_length),
+        packing=parts.packing,
         # the first rank vouches for the whole global batch; the others need not read it
         next_batch=parts.batches.fingerprint(step) if parts.is_first else "",
         next_seed=step_seed(run.seed, step, rank=0),
@@ -253,15 +257,14 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     )
 
 
-def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
+def _batch_reader(parts: Parts) -> Callable[[int], Sequence[MicroBatch]]:
     topology, batches = parts.groups.topology, parts.batches
 
-    def at(step: int) -> Sequence[tuple[Tensor, Tensor]]:
+    def at(step: int) -> Sequence[MicroBatch]:
         rows = batches.rank_slice(
             step, rank=topology.rank, world_size=topology.world_size, micro_batch=parts.sizes.micro_batch
         )
-        on_device = torch.from_numpy(rows).to(parts.groups.device, non_blocking=True)
-        return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in on_device]
+        return [micro_batch(each, packing=parts.packing, device=parts.groups.device) for each in rows]
 
     return at
 
@@ -272,6 +275,7 @@ def _evaluator(parts: Parts) -> Evaluator:
         parts.corpus.held_out(),
         sequence_length=parts.sizes.sequence_length,
         micro_batch=parts.sizes.micro_batch,
+        packing=parts.packing,
         max_sequences=parts.run.evaluate.max_sequences,
         meter=make_meter(parts.run, parts.groups.device),
         groups=parts.groups,
