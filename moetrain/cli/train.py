@@ -1,4 +1,4 @@
-"""The verbs around a run: train, prepare, config."""
+"""The verbs around a run: train, prepare, config, data, sample."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.model import write_on
-from moetrain.cli.options import Options, settings
+from moetrain.cli.options import Options, corpus_of, number, own_words, settings
 from moetrain.errors import ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
 if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
-    from moetrain.data.build import Corpus
     from moetrain.report.screen import Baselines
 
 HELP = {
@@ -55,7 +53,31 @@ examples:
   moetrain config
   moetrain config model=glam_64b_64e parallel.zero_stage=2
 """,
+    "data": """usage: moetrain data show [step=N] [samples=N] [picture=FILE] [key=value …] [--config-dir DIR]
+
+Shows what a step of the run reads: its samples as text, each with its source and the borders of its documents, the
+tokens of each source, and how long the documents are. With run_dir=DIR alone it is the run in DIR, with settings the
+run they describe; what is not prepared yet is prepared.
+
+  step=N         counted from 0, the first step (default)
+  samples=N      how many of its samples to write out (default 4; 0: all)
+  picture=FILE   the lengths of the documents, as a PNG
+
+examples:
+  moetrain data show
+  moetrain data show step=12 samples=1 picture=lengths.png
+""",
+    "sample": """usage: moetrain sample [run_dir=DIR] [prompt=TEXT] [max_tokens=N] [temperature=X] [top_k=N] [seed=N]
+
+Writes on from a prompt with the newest whole checkpoint of a run.
+
+examples:
+  moetrain sample
+  moetrain sample run_dir=runs/tiny prompt="The state of the Union is" temperature=0.7 seed=3
+""",
 }
+
+_LARGEST = 1 << 62
 
 
 def train(words: Sequence[str]) -> int:
@@ -94,7 +116,7 @@ def prepare(words: Sequence[str]) -> int:
     run, _ = settings(Options.read(words))
     from moetrain.report.screen import prepared_text
 
-    for part in _prepared(run).parts.values():
+    for part in corpus_of(run).parts.values():
         print(prepared_text(part.directory, part))
     return 0
 
@@ -105,6 +127,55 @@ def config(words: Sequence[str]) -> int:
     from moetrain.report.screen import config_text
 
     print(config_text(run, composed=composed.settings, sources=composed.sources))
+    return 0
+
+
+def data(words: Sequence[str]) -> int:
+    """The verb `data`."""
+    if not words or words[0] != "show":
+        said = f"data has no verb '{words[0]}'" if words else "data wants to know what to do"
+        raise ConfigError([f"{said}: write `moetrain data show`"])
+    own, rest = own_words(words[1:], defaults={"step": 0, "samples": 4, "picture": ""})
+    from moetrain.config.freeze import RUN_FILE, read_run
+    from moetrain.data.build import view_batch
+    from moetrain.data.tokenizer import load_tokenizer
+    from moetrain.report import batch
+
+    key, _, place = rest[0].partition("=") if len(rest) == 1 else ("", "", "")
+    is_there = key == "run_dir" and (Path(place) / RUN_FILE).is_file()
+    run = read_run(Path(place)) if is_there else settings(Options.read(rest))[0]
+    corpus = corpus_of(run)
+    view = view_batch(run, corpus, step=int(own["step"]))
+    decode = load_tokenizer(corpus.first.tokenizer_path).decode
+    batch.show(view, decode=lambda ids: decode(ids, skip_special_tokens=False), samples=int(own["samples"]))
+    if own["picture"]:
+        batch.draw_lengths(view, Path(str(own["picture"])))
+    return 0
+
+
+def sample(words: Sequence[str]) -> int:
+    """The verb `sample`."""
+    from moetrain.config.freeze import freeze_section
+    from moetrain.config.schema import SampleConfig
+
+    given: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError([f"'{word}' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""])
+        given[key] = value if key in ("prompt", "run_dir") else number(value)
+    wanted = freeze_section(SampleConfig, given)
+    rules = (("max_tokens", wanted.max_tokens, 1), ("temperature", wanted.temperature, 0), ("top_k", wanted.top_k, 0),
+             ("seed", wanted.seed, 0))  # fmt: skip
+    problems = [f"{name} is {value}, but must be from {least} to {_LARGEST:.0e}"
+                for name, value, least in rules if not least <= value <= _LARGEST]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+    pieces = write_on(**asdict(wanted) | {"run_dir": Path(wanted.run_dir)})
+    print(wanted.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
@@ -150,7 +221,7 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     from moetrain.report.screen import mixture_text
 
     _compare_with_earlier(run, run_dir)
-    corpus = _prepared(run)
+    corpus = corpus_of(run)
     run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
                                                      corpus.parts.items()}))  # fmt: skip
     make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
@@ -164,31 +235,6 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     if run.data.sources:
         print(mixture_text(usage(run, corpus)))
     return run
-
-
-def _prepared(run: RunConfig) -> Corpus:
-    """The token files of each source of a run, made now if they are not there."""
-    from moetrain.config.data import sources_of
-    from moetrain.data.build import hold_together
-    from moetrain.data.corpus import Prepared, open_prepared
-    from moetrain.metrics.console import StageBars
-    from moetrain.prepare.directory import prepare as make
-    from moetrain.prepare.directory import prepared_directory
-
-    parts: dict[str, Prepared] = {}
-    tokenizer = run.data.tokenizer
-    for name, source in sources_of(run.data).items():
-        if source.text is None:
-            parts[name] = open_prepared(Path(str(source.prepared)))
-        else:
-            what: dict[str, Any] = {"text": source.text, "text_column": source.text_column,
-                                    "held_out": source.held_out, "vocab_size": run.model.vocab_size,
-                                    "tokenizer": tokenizer}  # fmt: skip
-            directory = Path(source.prepared or prepared_directory(Path("prepared"), name=name, **what))
-            with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
-                parts[name] = make(directory, progress=bars, **what)
-        tokenizer = tokenizer or str(parts[name].tokenizer_path)
-    return hold_together(parts)
 
 
 def _baselines(run: RunConfig) -> Baselines:
@@ -212,3 +258,20 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
     prepared = open_corpus(run.data).first
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text
+
+
+def write_on(**wanted: Any) -> Any:
+    """Pieces of text from a run's newest checkpoint; settings as in ``SampleConfig``."""
+    from moetrain.config.schema import SampleConfig
+    from moetrain.data.corpus import TOKENIZER
+    from moetrain.data.tokenizer import load_tokenizer
+    from moetrain.hub.generate import generate, load_model
+
+    defaults = asdict(SampleConfig())
+    wanted = defaults | wanted
+    run_dir = wanted.pop("run_dir")
+    run, gpt = load_model(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    # positions past the trained length were never seen
+    context = min(run.model.context, run.batch.sequence_length or run.model.context)
+    return generate(gpt, tokenizer, context=context, **wanted)

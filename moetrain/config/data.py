@@ -68,6 +68,11 @@ class DataConfig:
     """Attention stays within a document; else documents that lie in one sequence see those before them."""
     reset_positions: bool = False
     """Positions count from the start of each document instead of the sequence's."""
+    fill_in_middle: float = 0.0
+    """Share of the documents rearranged so that the middle comes last (Bavarian et al. 2022, arXiv:2207.14255), cut
+    between tokens; the tokenizer must have the tokens that mark the parts."""
+    fill_in_middle_spm: float = 0.5
+    """Share of those with the suffix before the prefix (SPM, ibid., section 3.1), the rest the other way (PSM)."""
 
 
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
@@ -97,6 +102,9 @@ def with_prepared(data: DataConfig, directories: dict[str, str]) -> DataConfig:
 
 def broken_rules(data: DataConfig) -> Iterator[str]:
     """What is wrong with them: field, value, rule, a way out."""
+    for name, share in (("fill_in_middle", data.fill_in_middle), ("fill_in_middle_spm", data.fill_in_middle_spm)):
+        if not 0 <= share <= 1:
+            yield f"data.{name} is {share}, but must lie in [0, 1]: it is a share of the documents"
     if data.sources is None:
         if data.mixture is not None:
             yield "data.mixture is set, but there is one source alone: name several in data.sources, or set it to null"

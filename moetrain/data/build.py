@@ -15,8 +15,10 @@ from moetrain.config.data import DataConfig, SourceConfig, sources_of
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, TokenFile, open_prepared
 from moetrain.data.loader import Batches, Sequences
+from moetrain.data.middle import MARKS, FillInMiddle
 from moetrain.data.mixture import Mixture, Stage
 from moetrain.data.packing import Packing
+from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import ConfigError, DataError
 
 
@@ -116,7 +118,12 @@ def make_batches(run: RunConfig, corpus: Corpus) -> Batches:
             f"{mixture.length // run.batch.global_batch:,} of {_steps(run):,}: raise max_epochs, add text, or set "
             "schedule.steps to less"
         )
-    return Batches(list(sources.values()), global_batch=run.batch.global_batch, mixture=mixture)
+    return Batches(
+        list(sources.values()),
+        global_batch=run.batch.global_batch,
+        mixture=mixture,
+        rearrange=_fill_in_middle(run, corpus),
+    )
 
 
 def usage(run: RunConfig, corpus: Corpus) -> list[SourceUse]:
@@ -137,6 +144,77 @@ def usage(run: RunConfig, corpus: Corpus) -> list[SourceUse]:
                   used_up_at=used_up.get(number))
         for number, ((name, sequences), count) in enumerate(zip(sources.items(), counts, strict=True))
     ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchView:
+    """What a step reads, for the eye. B samples of S+1 tokens."""
+
+    step: int
+    steps: int
+    fingerprint: str
+    names: tuple[str, ...]
+    """Of the sources."""
+    tokens: npt.NDArray[np.int64]
+    """[B, S+1]."""
+    counted: npt.NDArray[np.bool_] | None
+    """[B, S+1], whether each has a loss as a target; None: all have."""
+    samples: npt.NDArray[np.int64]
+    """[B], counted over the whole run."""
+    source: npt.NDArray[np.int64]
+    """[B], number of its source."""
+    epoch: npt.NDArray[np.int64]
+    """[B], how often its source was read before."""
+    end_of_text: int
+
+
+def view_batch(run: RunConfig, corpus: Corpus, *, step: int) -> BatchView:
+    """The very batch of a step.
+
+    Raises:
+        ConfigError: the run has no such step.
+        DataError: as ``make_batches``.
+    """
+    if step >= _steps(run):
+        raise ConfigError([f"step is {step:,}, but the run has {_steps(run):,}: use 0 to {_steps(run) - 1:,}"])
+    batches = make_batches(run, corpus)
+    rows, located = batches.at(step), batches.located(step)
+    per_epoch = np.array([source.per_epoch for source in batches.sources])
+    return BatchView(
+        step=step,
+        steps=_steps(run),
+        fingerprint=batches.fingerprint(step),
+        names=tuple(corpus.parts),
+        tokens=rows.tokens,
+        counted=rows.counted,
+        samples=step * run.batch.global_batch + np.arange(run.batch.global_batch),
+        source=located.source,
+        epoch=located.index // per_epoch[located.source],
+        end_of_text=corpus.first.meta.end_of_text,
+    )
+
+
+def _fill_in_middle(run: RunConfig, corpus: Corpus) -> FillInMiddle | None:
+    if not run.data.fill_in_middle:
+        return None
+    tokenizer = load_tokenizer(corpus.first.tokenizer_path)
+    for names in MARKS:
+        ids = [each for each in map(tokenizer.token_to_id, names) if each is not None]
+        if len(ids) == len(names):
+            prefix, middle, suffix = ids
+            return FillInMiddle(
+                rate=run.data.fill_in_middle,
+                spm=run.data.fill_in_middle_spm,
+                prefix=prefix,
+                middle=middle,
+                suffix=suffix,
+                end_of_text=corpus.first.meta.end_of_text,
+                seed=run.seed,
+            )
+    raise DataError(
+        f"data.fill_in_middle is {run.data.fill_in_middle}, but {corpus.first.tokenizer_path} has no tokens that mark "
+        f"the parts: bring a tokenizer (data.tokenizer) with {' '.join(MARKS[0])}, or set it to 0"
+    )
 
 
 def _steps(run: RunConfig) -> int:

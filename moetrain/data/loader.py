@@ -13,7 +13,7 @@ Shape suffixes: B global batch, A micro-batches of a step on one rank, M micro_b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,23 @@ from moetrain.errors import ConfigError, DataError
 NOT_COUNTED = -1
 """The target of padding."""
 
+Rearrange = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+
 _ROUNDS = 8  # four make a permutation look random on large domains (Luby and Rackoff 1988); small ones need more
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some sequences of a batch."""
+
+    tokens: npt.NDArray[np.int64]  # [..., S+1]
+    counted: npt.NDArray[np.bool_] | None  # [..., S+1], whether each has a loss as a target; None: all have
+
+    def reshape(self, *shape: int) -> Rows:
+        """The same in another shape, without the S+1."""
+        length = self.tokens.shape[-1]
+        counted = None if self.counted is None else self.counted.reshape(*shape, length)
+        return Rows(self.tokens.reshape(*shape, length), counted)
 
 
 class Sequences:
@@ -36,14 +52,25 @@ class Sequences:
         tokens: [N] token ids of the training split.
         sequence_length: S, tokens per sequence.
         seed: the order follows from it.
+        counted: [N] whether each token has a loss as a target, 0 or 1; None: all have.
         name: of the source, for messages.
 
     Raises:
         DataError: the tokens do not make one sequence.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], *, sequence_length: int, seed: int, name: str = "") -> None:
-        self._tokens, self.sequence_length, self._seed = tokens, sequence_length, seed
+    def __init__(
+        self,
+        tokens: npt.NDArray[Any],
+        *,
+        sequence_length: int,
+        seed: int,
+        counted: npt.NDArray[Any] | None = None,
+        name: str = "",
+    ) -> None:
+        assert counted is None or len(counted) == len(tokens)
+        self._tokens, self._counted, self.sequence_length, self._seed = tokens, counted, sequence_length, seed
+        self.name = name
         self.per_epoch = (len(tokens) - 1) // sequence_length
         if self.per_epoch < 1:
             raise DataError(
@@ -52,15 +79,33 @@ class Sequences:
                 "batch.sequence_length"
             )
 
+    @property
+    def has_uncounted(self) -> bool:
+        """Whether there may be tokens without a loss."""
+        return self._counted is not None
+
     def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """[N, S+1]: those that come ``index``-th, [N]."""
+        """Tokens, [N, S+1], of those that come ``index``-th, [N]."""
+        return self._cut(self._tokens, self.places(index)).astype(np.int64)
+
+    def read_counted(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether each token of the same has a loss as a target, [N, S+1]."""
+        if self._counted is None:
+            return np.ones((len(index), self.sequence_length + 1), dtype=np.bool_)
+        return self._cut(self._counted, self.places(index)).astype(np.bool_)
+
+    def places(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which sequence of the text comes ``index``-th, [N]."""
         epochs, places = np.divmod(index, self.per_epoch)
         sequences = np.empty_like(places)
         for epoch in np.unique(epochs):
             now = epochs == epoch
             sequences[now] = permute(places[now], size=self.per_epoch, seed=self._seed, epoch=int(epoch))
-        starts = sequences * self.sequence_length
-        return np.stack([self._tokens[start : start + self.sequence_length + 1] for start in starts]).astype(np.int64)
+        return sequences
+
+    def _cut(self, array: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        starts = places * self.sequence_length
+        return np.stack([array[start : start + self.sequence_length + 1] for start in starts])
 
 
 class Batches:
@@ -72,15 +117,24 @@ class Batches:
         sources: all of one sequence length.
         global_batch: B, sequences per step over all ranks.
         mixture: which source each sample comes from; None: all from the only one.
+        rearrange: what is done to the tokens of each sample, [N, S+1], with its number, [N]; sources with tokens
+            that have no loss are left as they are.
     """
 
-    def __init__(self, sources: Sequence[Sequences], *, global_batch: int, mixture: Mixture | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Sequences],
+        *,
+        global_batch: int,
+        mixture: Mixture | None = None,
+        rearrange: Rearrange | None = None,
+    ) -> None:
         assert len({source.sequence_length for source in sources}) == 1
         assert mixture is not None or len(sources) == 1
-        self._sources, self._mixture = sources, mixture or one_source()
-        self._global_batch = global_batch
+        self.sources, self._mixture = sources, mixture or one_source()
+        self._global_batch, self._rearrange = global_batch, rearrange
 
-    def at(self, step: int) -> npt.NDArray[np.int64]:
+    def at(self, step: int) -> Rows:
         """[B, S+1]: all sequences of a step, over all ranks."""
         return self._read(np.arange(self._global_batch), step=step)
 
@@ -88,7 +142,7 @@ class Batches:
         """Where the sequences of a step come from, each [B]."""
         return self._mixture.locate(step * self._global_batch + np.arange(self._global_batch))
 
-    def rank_slice(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> npt.NDArray[np.int64]:
+    def rank_slice(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> Rows:
         """[A, M, S+1]: what one rank reads at a step, and nothing else is read.
 
         Row i of ``at(step)`` belongs to micro-batch i // (world_size * micro_batch), and there to rank
@@ -106,8 +160,15 @@ class Batches:
                 ]
             )
         rows = np.arange(self._global_batch).reshape(-1, world_size, micro_batch)[:, rank]
-        sequences = self._read(rows.reshape(-1), step=step)
-        return sequences.reshape(*rows.shape, -1)
+        return self._read(rows.reshape(-1), step=step).reshape(*rows.shape)
+
+    def counted_per_row(self, step: int) -> float | None:
+        """Targets with a loss in a row of a step, on average over all of them; None: they all have one."""
+        if not any(source.has_uncounted for source in self.sources):
+            return None
+        counted = self._counted(self.located(step))
+        # a step without any has no loss at all, and no gradient
+        return max(1, int(counted[:, 1:].sum())) / self._global_batch
 
     def fingerprint(self, step: int) -> str:
         """sha256 of ``at(step)`` as little-endian int64: equal runs read equal batches.
@@ -116,16 +177,31 @@ class Batches:
         """
         if self._mixture.length is not None and self._mixture.length < (step + 1) * self._global_batch:
             return ""
-        return hashlib.sha256(self.at(step).astype("<i8").tobytes()).hexdigest()
+        rows = self.at(step)
+        digest = hashlib.sha256(rows.tokens.astype("<i8").tobytes())
+        if rows.counted is not None:
+            digest.update(rows.counted.tobytes())
+        return digest.hexdigest()
 
-    def _read(self, rows: npt.NDArray[np.int64], *, step: int) -> npt.NDArray[np.int64]:
+    def _read(self, rows: npt.NDArray[np.int64], *, step: int) -> Rows:
         assert step >= 0, step
-        located = self._mixture.locate(step * self._global_batch + rows)
-        sequences = np.empty((len(rows), self._sources[0].sequence_length + 1), dtype=np.int64)
+        samples = step * self._global_batch + rows
+        located = self._mixture.locate(samples)
+        tokens = np.empty((len(rows), self.sources[0].sequence_length + 1), dtype=np.int64)
         for source in np.unique(located.source):
             of_it = located.source == source
-            sequences[of_it] = self._sources[source].read(located.index[of_it])
-        return sequences
+            tokens[of_it] = self.sources[source].read(located.index[of_it])
+            if self._rearrange is not None and not self.sources[source].has_uncounted:
+                tokens[of_it] = self._rearrange(tokens[of_it], samples[of_it])
+        is_plain = not any(source.has_uncounted for source in self.sources)
+        return Rows(tokens, counted=None if is_plain else self._counted(located))
+
+    def _counted(self, located: Located) -> npt.NDArray[np.bool_]:
+        counted = np.empty((len(located.source), self.sources[0].sequence_length + 1), dtype=np.bool_)
+        for source in np.unique(located.source):
+            of_it = located.source == source
+            counted[of_it] = self.sources[source].read_counted(located.index[of_it])
+        return counted
 
 
 @dataclass(frozen=True)

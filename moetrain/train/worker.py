@@ -39,7 +39,7 @@ from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
-from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batch
+from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +258,14 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
 
 
 def _batch_reader(parts: Parts) -> Callable[[int], Sequence[MicroBatch]]:
-    topology, batches = parts.groups.topology, parts.batches
-
-    def at(step: int) -> Sequence[MicroBatch]:
-        rows = batches.rank_slice(
-            step, rank=topology.rank, world_size=topology.world_size, micro_batch=parts.sizes.micro_batch
-        )
-        return [micro_batch(each, packing=parts.packing, device=parts.groups.device) for each in rows]
-
-    return at
+    return lambda step: micro_batches(
+        parts.batches,
+        step,
+        packing=parts.packing,
+        topology=parts.groups.topology,
+        micro_batch=parts.sizes.micro_batch,
+        device=parts.groups.device,
+    )
 
 
 def _evaluator(parts: Parts) -> Evaluator:

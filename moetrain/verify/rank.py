@@ -38,7 +38,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.train.engine import Engine
 from moetrain.train.loop import Plan, StepResult, TrainState, train
 from moetrain.train.schedule import Schedule
-from moetrain.train.setup import Sizes, build_engine, micro_batch
+from moetrain.train.setup import Sizes, build_engine, micro_batches
 from moetrain.verify.compare import Reference, compare
 from moetrain.verify.reference import AuxLosses, StepTrace, Trace, Whole, build, packing_of, train_plainly
 from moetrain.verify.shrink import TOKENS, Split, lay_out, split_of
@@ -102,9 +102,8 @@ def _train(run: RunConfig, *, groups: Groups, data: _Data) -> Trace | None:
     engine = build_engine(run, groups=groups, sizes=sizes, frequency=lambda: data.frequency_V)
 
     def batch(step: int) -> list[MicroBatch]:
-        rows = data.batches.rank_slice(step, rank=groups.topology.rank, world_size=groups.topology.world_size,
-                                       micro_batch=sizes.micro_batch)  # fmt: skip
-        return [micro_batch(each, packing=packing_of(run), device=groups.device) for each in rows]
+        return micro_batches(data.batches, step, packing=packing_of(run), topology=groups.topology,
+                             micro_batch=sizes.micro_batch, device=groups.device)  # fmt: skip
 
     plan = Plan(
         steps=_steps(run),

@@ -146,7 +146,9 @@ def train_plainly(plain: Plain, run: RunConfig, *, batches: Batches, split: Spli
     with AuxLosses(plain.gpt) as aux:
         for step in range(steps):
             seeds = [derive_seed(run.seed, step, rank) for rank in range(split.ranks)]
-            language = _add_up_gradients(plain, batches.at(step), packing=packing_of(run), split=split, seeds=seeds)
+            language = _add_up_gradients(
+                plain, batches.at(step).tokens, packing=packing_of(run), split=split, seeds=seeds
+            )
             if step == 0:
                 gradient = {name: _gradient(master).clone().flatten() for name, master in masters.items()}
             norm = nn.utils.clip_grad_norm_(masters.values(), run.optim.clip or float("inf")).item()

@@ -47,6 +47,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"sources": TWO, "mixture": [{"weights": {"a": 1, "b": -1}}]}, "data.mixture[0].weights.b is -1.0, but must be"),
     ({"sources": TWO, "mixture": [{"weights": {"a": 0}}]}, "data.mixture[0].weights has nothing above 0"),
     ({"sources": {"a": A | {"epochs": 2}, "b": B}, "mixture": [{}]}, "data.sources.a.epochs is 2.0, but data.mixture"),
+    ({"fill_in_middle": 1.5}, "data.fill_in_middle is 1.5, but must lie in [0, 1]"),
+    ({"fill_in_middle_spm": -0.1}, "data.fill_in_middle_spm is -0.1, but must lie in [0, 1]"),
     ({"temperature": 0}, "data.temperature is 0.0, but must be above 0"),
     ({"max_epochs": -1}, "data.max_epochs is -1.0, but must be above 0"),
     ({"sources": {"a": {"txt": "a.txt"}}}, "'data.sources.a.txt' is not a setting; did you mean 'data.sources.a.text'"),

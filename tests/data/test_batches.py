@@ -46,7 +46,7 @@ def of_sources(**each: dict[str, Any]) -> dict[str, Any]:
 def read_by(run: RunConfig, *, steps: range) -> dict[str, int]:
     """Sequences of each source in some steps, by the tokens that were read."""
     batches = make_batches(run, CORPUS)
-    first = np.concatenate([batches.at(step)[:, 0] for step in steps])
+    first = np.concatenate([batches.at(step).tokens[:, 0] for step in steps])
     return {name: int((first // 10_000 == number).sum()) for number, name in enumerate(NAMES)}
 
 
@@ -110,7 +110,7 @@ def test_a_schedule_changes_the_mixture_at_a_step():
 
 def test_every_sequence_of_a_source_comes_once_in_its_epoch():
     run = run_of(sources=of_sources(a={"weight": 1}, b={"weight": 1}, c={"weight": 2}))
-    rows = np.concatenate([make_batches(run, CORPUS).at(step) for step in range(50)])
+    rows = np.concatenate([make_batches(run, CORPUS).at(step).tokens for step in range(50)])
     of_c = rows[rows[:, 0] // 10_000 == 2][:, 0]
     for epoch in range(16):
         assert sorted(of_c[25 * epoch : 25 * (epoch + 1)]) == list(range(20_000, 20_100, LENGTH))
@@ -127,16 +127,16 @@ def test_every_layout_and_every_restart_reads_the_same_batches(world_size, accum
     micro_batch = BATCH // (world_size * accumulation)
     for restart in (0, 3, 14, 15, 31, 49):
         batches = make_batches(MIXED, CORPUS)
-        slices = [batches.rank_slice(restart, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        slices = [batches.rank_slice(restart, rank=rank, world_size=world_size, micro_batch=micro_batch).tokens
                   for rank in range(world_size)]  # fmt: skip
         rows = [piece[micro, row] for micro in range(accumulation) for piece in slices for row in range(micro_batch)]
-        np.testing.assert_array_equal(np.stack(rows), unbroken.at(restart))
+        np.testing.assert_array_equal(np.stack(rows), unbroken.at(restart).tokens)
 
 
 def test_sources_of_one_size_are_read_in_orders_of_their_own():
     corpus = Corpus({"a": part(0, sequences=100), "b": part(10_000, sequences=100)})
     run = run_of(sources={name: {"prepared": name, "weight": 1} for name in "ab"})
-    rows = np.concatenate([make_batches(run, corpus).at(step)[:, 0] for step in range(12)])
+    rows = np.concatenate([make_batches(run, corpus).at(step).tokens[:, 0] for step in range(12)])
     assert (rows[rows < 10_000] != rows[rows >= 10_000] - 10_000).any()
 
 
@@ -146,7 +146,9 @@ def test_a_run_of_one_source_reads_what_it_did_before_there_were_several():
     from moetrain.data.loader import permute
 
     order = permute(np.arange(BATCH), size=100, seed=1234, epoch=0)
-    np.testing.assert_array_equal(make_batches(run, Corpus({"a": part(0, sequences=100)})).at(0)[:, 0], order * LENGTH)
+    np.testing.assert_array_equal(
+        make_batches(run, Corpus({"a": part(0, sequences=100)})).at(0).tokens[:, 0], order * LENGTH
+    )
 
 
 def test_sources_of_two_tokenizers_are_refused():
@@ -194,7 +196,7 @@ def test_a_trillion_tokens_cost_no_more_than_a_thousand(monkeypatch):
     seconds = []
     for step in (0, 10**6, 10**9, 44 * 10**9, 45 * 10**9, 5 * 10**10 - 1):
         begun = time.perf_counter()
-        rows = batches.at(step)
+        rows = batches.at(step).tokens
         seconds.append(time.perf_counter() - begun)
         assert (np.diff(rows) == 1).all()
     assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes
