@@ -66,9 +66,10 @@ def corpus_of(run: RunConfig) -> Corpus:
     from moetrain.config.data import sources_of
     from moetrain.data.build import hold_together
     from moetrain.data.corpus import Prepared, open_prepared
+    from moetrain.instruct.build import instruction_directory, prepare_instructions
     from moetrain.metrics.console import StageBars
-    from moetrain.prepare.directory import prepare as make
-    from moetrain.prepare.directory import prepared_directory
+    from moetrain.prepare.directory import prepare
+    from moetrain.prepare.directory import prepared_directory as named
 
     parts: dict[str, Prepared] = {}
     tokenizer = run.data.tokenizer
@@ -76,10 +77,12 @@ def corpus_of(run: RunConfig) -> Corpus:
         if source.text is None:
             parts[name] = open_prepared(Path(str(source.prepared)))
         else:
-            what: dict[str, Any] = {"text": source.text, "text_column": source.text_column,
-                                    "held_out": source.held_out, "vocab_size": run.model.vocab_size,
-                                    "tokenizer": tokenizer}  # fmt: skip
-            directory = Path(source.prepared or prepared_directory(Path("prepared"), name=name, **what))
+            what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
+                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer}  # fmt: skip
+            is_instruction = source.format == "instruction"
+            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
+            place, make = (instruction_directory, prepare_instructions) if is_instruction else (named, prepare)
+            directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
             with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
                 parts[name] = make(directory, progress=bars, **what)
         tokenizer = tokenizer or str(parts[name].tokenizer_path)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+FORMATS = ("text", "instruction")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -15,6 +17,8 @@ class SourceConfig:
     """As data.text. null: prepared names a directory that is there."""
     text_column: str | None = None
     """null: data.text_column."""
+    format: str | None = None
+    """null: data.format."""
     held_out: float | None = None
     """Share of this source's documents kept for evaluation. null: data.held_out."""
     prepared: str | None = None
@@ -46,6 +50,11 @@ class DataConfig:
     text: list[str] = field(default_factory=lambda: ["builtin:sotu"])
     """Files, directories or globs of .txt, .jsonl, .json, .csv (also .gz, .xz, .zst) or .parquet; builtin:sotu
     ships with moetrain."""
+    format: str = "text"
+    """text, or instruction: .jsonl rows of prompt and response, or of messages with role and content; what the
+    assistant says has a loss, the rest has none."""
+    template: dict[str, str] | None = None
+    """instruction: role -> text with {content} in it. null: ### User: and ### Assistant:, a line above each message."""
     text_column: str = "text"
     """Column of jsonl and parquet rows that holds the text."""
     held_out: float = 0.05
@@ -87,6 +96,7 @@ def _filled(source: SourceConfig, data: DataConfig) -> SourceConfig:
     return replace(
         source,
         text_column=source.text_column or data.text_column,
+        format=source.format or data.format,
         held_out=data.held_out if source.held_out is None else source.held_out,
         max_epochs=data.max_epochs if source.max_epochs is None else source.max_epochs,
     )
@@ -102,6 +112,14 @@ def with_prepared(data: DataConfig, directories: dict[str, str]) -> DataConfig:
 
 def broken_rules(data: DataConfig) -> Iterator[str]:
     """What is wrong with them: field, value, rule, a way out."""
+    formats = {"data.format": data.format} | {
+        f"data.sources.{name}.format": each.format or data.format for name, each in (data.sources or {}).items()
+    }
+    for name, kind in formats.items():
+        if kind not in FORMATS:
+            yield f"{name} is {kind!r}, but must be one of {', '.join(FORMATS)}"
+    if data.template is not None and "instruction" not in formats.values():
+        yield "data.template is set, but no text is of the format instruction: set data.format, or template to null"
     for name, share in (("fill_in_middle", data.fill_in_middle), ("fill_in_middle_spm", data.fill_in_middle_spm)):
         if not 0 <= share <= 1:
             yield f"data.{name} is {share}, but must lie in [0, 1]: it is a share of the documents"

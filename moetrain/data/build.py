@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,57 @@ import numpy.typing as npt
 from moetrain.config.checks import steps_in_run
 from moetrain.config.data import DataConfig, SourceConfig, sources_of
 from moetrain.config.schema import RunConfig
-from moetrain.data.corpus import Prepared, TokenFile, open_prepared
-from moetrain.data.loader import Batches, Sequences
+from moetrain.data.corpus import Prepared, file_sha256, open_prepared
+from moetrain.data.loader import Batches, HeldOutText, Sequences
 from moetrain.data.middle import MARKS, FillInMiddle
 from moetrain.data.mixture import Mixture, Stage
 from moetrain.data.packing import Packing
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import ConfigError, DataError
+
+COUNTED = "counted.json"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Whether each token of a prepared directory has a loss as a target, uint8 [N], 0 or 1."""
+
+    train: npt.NDArray[np.uint8]
+    held_out: npt.NDArray[np.uint8]
+    digests: dict[str, str]
+
+
+def write_counted(directory: Path, flags: dict[str, npt.NDArray[np.uint8]], *, template: dict[str, str]) -> None:
+    """Write ``train.counted.npy`` and ``held_out.counted.npy``, and ``counted.json`` on them; before ``meta.json``.
+
+    Args:
+        flags: by split.
+        template: how conversations became text, for the record.
+    """
+    for split, each in flags.items():
+        np.save(directory / f"{split}.counted.npy", each, allow_pickle=False)
+    digests = {split: file_sha256(directory / f"{split}.counted.npy") for split in flags}
+    (directory / COUNTED).write_text(json.dumps({"sha256": digests, "template": template}, indent=2), encoding="utf-8")
+
+
+def open_counted(prepared: Prepared) -> Counted | None:
+    """What ``write_counted`` wrote; None: every token counts.
+
+    Raises:
+        DataError: it does not fit the tokens.
+    """
+    directory = prepared.directory
+    if not (directory / COUNTED).is_file():
+        return None
+    try:
+        digests = dict(json.loads((directory / COUNTED).read_text(encoding="utf-8"))["sha256"])
+        train, held_out = (np.load(directory / f"{split}.counted.npy", mmap_mode="r", allow_pickle=False)
+                           for split in ("train", "held_out"))  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise DataError(f"{directory / COUNTED} or a file it names is damaged ({error}): prepare it again") from error
+    if (len(train), len(held_out)) != (prepared.train.num_tokens, prepared.held_out.num_tokens):
+        raise DataError(f"{directory}: the loss masks are not as long as the tokens: prepare it again")
+    return Counted(train=train, held_out=held_out, digests=digests)
 
 
 @dataclass(frozen=True)
@@ -28,6 +73,8 @@ class Corpus:
 
     parts: dict[str, Prepared]
     """By the name of the source."""
+    counted: dict[str, Counted | None] = field(default_factory=dict)
+    """Which of their tokens have a loss; all, where a source is missing or None."""
 
     @property
     def first(self) -> Prepared:
@@ -36,16 +83,24 @@ class Corpus:
 
     def digests(self) -> dict[str, str]:
         """What a model trained on this must find again: its tokens and their meaning."""
-        if len(self.parts) == 1:
-            return self.first.digests()
         found = {"tokenizer": self.first.meta.tokenizer_fingerprint}
         for name, part in self.parts.items():
-            found |= {f"{what} of {name}": digest for what, digest in part.digests().items() if what != "tokenizer"}
+            counted = self.counted.get(name)
+            masks = {} if counted is None else {f"loss mask ({split})": each for split, each in counted.digests.items()}
+            own = {what: digest for what, digest in (part.digests() | masks).items() if what != "tokenizer"}
+            found |= own if len(self.parts) == 1 else {f"{what} of {name}": digest for what, digest in own.items()}
         return found
 
-    def held_out(self) -> dict[str, TokenFile]:
+    def held_out(self) -> dict[str, HeldOutText]:
         """The held-out text of each source."""
-        return {name: part.held_out for name, part in self.parts.items()}
+        found = {}
+        for name, part in self.parts.items():
+            counted = self.counted.get(name)
+            text = part.held_out
+            found[name] = HeldOutText(
+                tokens=text.tokens, num_bytes=text.num_bytes, counted=None if counted is None else counted.held_out
+            )
+        return found
 
     def packing(self, data: DataConfig) -> Packing:
         """What documents in one sequence see of each other."""
@@ -99,7 +154,7 @@ def hold_together(parts: dict[str, Prepared]) -> Corpus:
                 f"the source {name} ({part.directory}) was prepared with another tokenizer than {first} "
                 f"({its.directory}), and a model knows one: prepare it again with data.tokenizer={its.tokenizer_path}"
             )
-    return Corpus(parts)
+    return Corpus(parts, {name: open_counted(part) for name, part in parts.items()})
 
 
 def make_batches(run: RunConfig, corpus: Corpus) -> Batches:
@@ -230,6 +285,7 @@ def _sequences(run: RunConfig, corpus: Corpus) -> dict[str, Sequences]:
             sequence_length=length,
             # sources of one size must not be read in one order; a run of one source has its seed alone
             seed=run.seed if run.data.sources is None else _seed_of(name, seed=run.seed),
+            counted=None if (flags := corpus.counted.get(name)) is None else flags.train,
             name="" if run.data.sources is None else name,
         )
         for name, part in corpus.parts.items()

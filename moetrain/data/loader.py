@@ -205,15 +205,29 @@ class Batches:
 
 
 @dataclass(frozen=True)
+class HeldOutText:
+    """The held-out text of a source."""
+
+    tokens: npt.NDArray[Any]  # [N]
+    num_bytes: int  # of UTF-8 text
+    counted: npt.NDArray[Any] | None = None  # [N], whether each has a loss as a target, 0 or 1; None: all have
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
 class HeldOutBatch:
     """One micro-batch of held-out text."""
 
     tokens: npt.NDArray[np.int64]  # [M, S], what goes in; 0 where there is only padding
-    targets: npt.NDArray[np.int64]  # [M, S], what comes next; NOT_COUNTED where there is only padding
+    targets: npt.NDArray[np.int64]  # [M, S], what comes next; NOT_COUNTED where there is only padding, or no loss
+    rows: int  # those with text; the rest is padding
 
 
 def held_out_batches(
-    tokens: npt.NDArray[Any],
+    text: HeldOutText,
     *,
     sequence_length: int,
     rank: int,
@@ -229,7 +243,7 @@ def held_out_batches(
     ``NOT_COUNTED``.
 
     Args:
-        tokens: [N] token ids of the held-out split.
+        text: the held-out split.
         sequence_length: S, tokens per sequence; the last one may be shorter.
         rank: this rank.
         world_size: all of them.
@@ -239,34 +253,37 @@ def held_out_batches(
     Raises:
         DataError: there are fewer than two tokens, so nothing can be predicted.
     """
-    if len(tokens) < 2:
+    if text.num_tokens < 2:
         raise DataError(
-            f"the held-out text has {len(tokens)} tokens, too few to predict one: set a larger data.held_out"
+            f"the held-out text has {text.num_tokens} tokens, too few to predict one: set a larger data.held_out"
         )
     assert max_sequences is None or max_sequences > 0, max_sequences
-    total = -(-(len(tokens) - 1) // sequence_length)
+    total = -(-(text.num_tokens - 1) // sequence_length)
     used = total if max_sequences is None else min(total, max_sequences)
     sequences = np.arange(used) * total // used
     offset = rank * micro_batch
     return (
         _held_out_batch(
-            tokens, sequences[first : first + micro_batch], sequence_length=sequence_length, micro_batch=micro_batch
+            text, sequences[first : first + micro_batch], sequence_length=sequence_length, micro_batch=micro_batch
         )
         for first in range(offset, offset + used, world_size * micro_batch)
     )
 
 
 def _held_out_batch(
-    tokens: npt.NDArray[Any], sequences: npt.NDArray[np.int64], *, sequence_length: int, micro_batch: int
+    text: HeldOutText, sequences: npt.NDArray[np.int64], *, sequence_length: int, micro_batch: int
 ) -> HeldOutBatch:
     inputs = np.zeros((micro_batch, sequence_length), dtype=np.int64)
     targets = np.full((micro_batch, sequence_length), NOT_COUNTED, dtype=np.int64)
     for row, sequence in enumerate(sequences):
         start = int(sequence) * sequence_length
-        piece = tokens[start : start + sequence_length + 1]
+        piece = text.tokens[start : start + sequence_length + 1]
         inputs[row, : len(piece) - 1] = piece[:-1]
         targets[row, : len(piece) - 1] = piece[1:]
-    return HeldOutBatch(tokens=inputs, targets=targets)
+        if text.counted is not None:
+            flags = text.counted[start + 1 : start + len(piece)]
+            targets[row, : len(flags)][flags == 0] = NOT_COUNTED
+    return HeldOutBatch(tokens=inputs, targets=targets, rows=len(sequences))
 
 
 def permute(places: npt.NDArray[np.int64], *, size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:

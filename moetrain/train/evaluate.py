@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.checkpoint.certificate import Certificate
-from moetrain.data.corpus import TokenFile
-from moetrain.data.loader import HeldOutBatch, held_out_batches
+from moetrain.data.loader import HeldOutBatch, HeldOutText, held_out_batches
 from moetrain.data.packing import Packing
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
@@ -90,7 +89,7 @@ def evaluate(
     )
     gpt.train(was_training)
     dist.all_reduce(total, group=group)
-    losses = [summed_nats / count for summed_nats, count in total.tolist()]
+    losses = [summed_nats / max(1.0, count) for summed_nats, count in total.tolist()]
     num_tokens, num_bytes = sum(each.num_tokens for each in shares), sum(each.num_bytes for each in shares)
     # by the size of their texts, however few sequences were read of each
     loss = sum(each.num_tokens / num_tokens * loss for each, loss in zip(shares, losses, strict=True))
@@ -117,13 +116,12 @@ def _summed(
     for batch in batches:
         # rows of padding keep the number of batches even between ranks; a pass with one row does that as well, and
         # what is not text must not be counted as load
-        real = max(1, int((batch.targets != NOT_COUNTED).any(axis=1).sum()))
-        is_text = bool((batch.targets[0] != NOT_COUNTED).any())
-        rows = HeldOutBatch(tokens=batch.tokens[:real], targets=batch.targets[:real])
+        real = max(1, batch.rows)
+        rows = HeldOutBatch(tokens=batch.tokens[:real], targets=batch.targets[:real], rows=batch.rows)
         given = held_out_micro_batch(rows, packing=packing, device=device)
         summed, loads = negative_log_likelihood(gpt, given)
         total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
-        if meter is not None and is_text:
+        if meter is not None and batch.rows:
             for layer, load in enumerate(loads):
                 meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
                           tokens=given.token_BS.numel(), balance=load.balance, z=load.z)  # fmt: skip
@@ -148,7 +146,7 @@ class Evaluator:
     def __init__(
         self,
         gpt: GPT,
-        held_out: dict[str, TokenFile],
+        held_out: dict[str, HeldOutText],
         *,
         sequence_length: int,
         micro_batch: int,
@@ -178,7 +176,7 @@ class Evaluator:
             HeldOutShare(
                 name=name,
                 batches=held_out_batches(
-                    text.tokens,
+                    text,
                     sequence_length=self._length,
                     rank=self._groups.topology.rank,
                     world_size=self._groups.topology.world_size,
@@ -240,7 +238,7 @@ def certify(
     return Certificate(
         next_batch=next_batch,
         generator=hashlib.sha256(state.numpy().tobytes()).hexdigest(),
-        probe_loss=summed_nats / count,
+        probe_loss=summed_nats / max(1.0, count),
         probe_counts=[] if counts is None else counts.tolist(),
         taken_on=layout
         | {
@@ -252,7 +250,7 @@ def certify(
     )
 
 
-def probe_batches(held_out: Iterable[TokenFile], *, sequence_length: int) -> Iterator[HeldOutBatch]:
+def probe_batches(held_out: Iterable[HeldOutText], *, sequence_length: int) -> Iterator[HeldOutBatch]:
     """The probe of a run: a few held-out sequences, one to a batch, so that they fit wherever training does.
 
     Args:
@@ -261,7 +259,7 @@ def probe_batches(held_out: Iterable[TokenFile], *, sequence_length: int) -> Ite
     texts = list(held_out)[:PROBE_SEQUENCES]
     return itertools.chain.from_iterable(
         held_out_batches(
-            text.tokens, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
+            text, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
             max_sequences=PROBE_SEQUENCES // len(texts),
         )
         for text in texts

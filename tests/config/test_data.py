@@ -47,6 +47,9 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"sources": TWO, "mixture": [{"weights": {"a": 1, "b": -1}}]}, "data.mixture[0].weights.b is -1.0, but must be"),
     ({"sources": TWO, "mixture": [{"weights": {"a": 0}}]}, "data.mixture[0].weights has nothing above 0"),
     ({"sources": {"a": A | {"epochs": 2}, "b": B}, "mixture": [{}]}, "data.sources.a.epochs is 2.0, but data.mixture"),
+    ({"format": "chat"}, "data.format is 'chat', but must be one of text, instruction"),
+    ({"sources": {"a": A | {"format": "x"}}}, "data.sources.a.format is 'x', but must be one of text, instruction"),
+    ({"template": {"user": "{content}"}}, "data.template is set, but no text is of the format instruction"),
     ({"fill_in_middle": 1.5}, "data.fill_in_middle is 1.5, but must lie in [0, 1]"),
     ({"fill_in_middle_spm": -0.1}, "data.fill_in_middle_spm is -0.1, but must lie in [0, 1]"),
     ({"temperature": 0}, "data.temperature is 0.0, but must be above 0"),
@@ -77,13 +80,13 @@ def test_a_source_takes_over_what_is_said_for_all():
     data = checked(sources={"a": A, "b": B | {"text_column": "body", "held_out": 0.1, "max_epochs": 9}},
                    text_column="content", held_out=0.2, max_epochs=4).data  # fmt: skip
     found = sources_of(data)
-    assert found["a"] == SourceConfig(text=["a.txt"], text_column="content", held_out=0.2, max_epochs=4)
-    assert found["b"] == SourceConfig(prepared="b", text_column="body", held_out=0.1, max_epochs=9)
+    assert found["a"] == SourceConfig(text=["a.txt"], text_column="content", format="text", held_out=0.2, max_epochs=4)
+    assert found["b"] == SourceConfig(prepared="b", text_column="body", format="text", held_out=0.1, max_epochs=9)
 
 
 def test_text_alone_is_one_source():
     data = checked(text=["a.txt"], name="mine").data
-    assert sources_of(data) == {"mine": SourceConfig(text=["a.txt"], text_column="text", held_out=0.05)}
+    assert sources_of(data) == {"mine": SourceConfig(text=["a.txt"], text_column="text", format="text", held_out=0.05)}
 
 
 def test_sources_come_back_from_the_file_of_the_run(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch, Sequences, held_out_batches, permute
+from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch, HeldOutText, Sequences, held_out_batches, permute
 from moetrain.errors import ConfigError, DataError
 
 # Each token tells its place, so that a batch tells where it was cut.
@@ -131,10 +131,15 @@ def test_the_fingerprint_is_the_sha256_of_the_batch():
 
 
 def held_out(num_tokens: int, *, world_size: int, max_sequences: int | None = None, **sizes: int) -> list[list[Any]]:
+    text = HeldOutText(TOKENS[:num_tokens] + 1, num_bytes=0)
     return [
         list(
             held_out_batches(
-                TOKENS[:num_tokens] + 1, rank=rank, world_size=world_size, max_sequences=max_sequences, **sizes
+                text,
+                rank=rank,
+                world_size=world_size,
+                max_sequences=max_sequences,
+                **sizes,
             )
         )
         for rank in range(world_size)

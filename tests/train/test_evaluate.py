@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config.schema import ModelConfig, MoEConfig
-from moetrain.data.loader import held_out_batches
+from moetrain.data.loader import HeldOutText, held_out_batches
 from moetrain.data.packing import Packing
 from moetrain.metrics.load import LoadMeter
 from moetrain.model.build import build_model, initialize
@@ -31,6 +31,9 @@ TOKENS = np.random.default_rng(0).integers(0, 50, size=13 * LENGTH + 1, dtype=np
 PACKING = Packing(end_of_text=0)
 
 
+TEXT = HeldOutText(TOKENS, num_bytes=0)
+
+
 def model():
     gpt = build_model(MODEL)
     initialize(gpt, init_std=0.3, seed=3)
@@ -38,7 +41,7 @@ def model():
 
 
 def evaluate_rank(rank: int):
-    batches = held_out_batches(TOKENS, sequence_length=LENGTH, rank=rank, world_size=2, micro_batch=3,
+    batches = held_out_batches(TEXT, sequence_length=LENGTH, rank=rank, world_size=2, micro_batch=3,
                                max_sequences=None)  # fmt: skip
     calls = []
     share = HeldOutShare("a", batches, num_tokens=len(TOKENS), num_bytes=2 * len(TOKENS))
@@ -71,7 +74,14 @@ def evaluate_two_sources(rank: int):
     shares = [
         HeldOutShare(
             name,
-            held_out_batches(text, sequence_length=LENGTH, rank=rank, world_size=2, micro_batch=3, max_sequences=2),
+            held_out_batches(
+                HeldOutText(text, num_bytes=0),
+                sequence_length=LENGTH,
+                rank=rank,
+                world_size=2,
+                micro_batch=3,
+                max_sequences=2,
+            ),
             num_tokens=len(text),
             num_bytes=len(text) * bytes_per_token,
         )
@@ -98,14 +108,8 @@ def test_sources_are_evaluated_apart_and_weigh_as_much_as_their_texts(ranks):
         assert found["tokens"] == 4 * LENGTH
 
 
-class HeldOut:
-    """As much of a token file as the probe needs."""
-
-    tokens = TOKENS
-
-
 def certified(gpt, *, step: int = 5):
-    probe = probe_batches([HeldOut()], sequence_length=LENGTH)
+    probe = probe_batches([TEXT], sequence_length=LENGTH)
     seed = step_seed(1234, step, rank=0)
     return certify(gpt, probe, packing=PACKING, next_batch="abc", next_seed=seed, device=torch.device("cpu"),
                    layout={"world_size": 1})  # fmt: skip
