@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -187,8 +187,8 @@ def _read(files: list[Path], *, template: dict[str, str], stage: str, progress: 
                     yield _Conversation(parts_of(_row(text, where=where), template=template, where=where))
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
 
 
 def _row(text: bytes, *, where: str) -> dict[str, Any]:
