@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.config.freeze import flatten, setting_names, suggest
+from moetrain.config.freeze import flatten, is_setting, setting_names, suggest
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError
 
@@ -185,7 +185,7 @@ def _refuse_unknown(overrides: Sequence[Override], *, loader: ConfigLoaderImpl) 
             )
         elif is_group and (key in GROUPS or override.is_add()):
             problems += _unknown_presets(override, options=loader.repository.get_group_options(key, ObjectType.CONFIG))
-        elif not is_group and key not in known:
+        elif not is_group and not is_setting(key):
             hint = suggest(key, known | set(GROUPS))
             problems.append(f"'{key}' is not a setting{hint or '; see `moetrain config` for those there are'}")
     if problems:
@@ -208,7 +208,7 @@ def _unknown_presets(override: Override, *, options: list[str]) -> Iterator[str]
 def _refuse_unknown_in_files(sources: dict[str, str]) -> None:
     known, problems = setting_names(), []
     for name, source in sources.items():
-        if source != COMMAND_LINE and name not in known:
+        if source != COMMAND_LINE and not is_setting(name):
             hint = suggest(name, known) or "; see `moetrain config` for those there are"
             problems.append(f"{source}: '{name}' is not a setting{hint}")
     if problems:

@@ -13,7 +13,7 @@ from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.freeze import freeze, to_dict, write_run
 from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.model.build import build_model, initialize
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
 from moetrain.train.engine import Engine
@@ -56,7 +56,7 @@ def _save_run(rank: int, run_dir: Path, *, stage: int, expert_parallel: int) -> 
                                       expert_parallel=expert_parallel, files=[])  # fmt: skip
             state.save(run_dir / "checkpoints", engine.fragments(), manifest=manifest, group=groups.control)
         rows = torch.randint(0, 128, (8, 17), generator=torch.Generator().manual_seed(step)).chunk(2)[rank]
-        engine.forward_backward(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        engine.forward_backward(MicroBatch(token_BS=rows[:, :-1].contiguous(), target_BS=rows[:, 1:].contiguous()))
         engine.step(1e-2)
     if rank == 0:
         write_run(run, run_dir)

@@ -17,6 +17,7 @@ MAY_IMPORT = {
         "config",
         "data",
         "prepare",
+        "instruct",
         "hub",
         "launch",
         "report",
@@ -42,15 +43,16 @@ MAY_IMPORT = {
     "model": {"moe", "parallel", "config", "errors"},
     "moe": {"parallel", "errors"},
     "prepare": {"data", "errors"},
-    "data": {"errors"},
+    "instruct": {"prepare", "data", "errors"},
+    "data": {"config", "errors"},
     "metrics": {"errors"},
     "parallel": {"errors"},
     "config": {"errors"},
     "errors": set(),
 }
-NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "errors", "checkpoint.store",
-            "checkpoint.certificate", "checkpoint.remote", "parallel.topology", "parallel.lifeline",
-            "parallel.seeds", "train.schedule",
+NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "instruct", "errors",
+            "checkpoint.store", "checkpoint.certificate", "checkpoint.remote", "parallel.topology",
+            "parallel.lifeline", "parallel.seeds", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {

@@ -286,3 +286,34 @@ def test_an_installed_wheel_works_in_any_directory(tmp_path):
     assert done.stdout.startswith(str(tmp_path / "site"))
     assert "d_model: 4096" in done.stdout
     assert (tmp_path / "site/moetrain/prepare/corpora/sotu.jsonl.xz").is_file()
+
+
+def test_a_mixture_of_text_and_conversations_resumes_on_another_layout(place, tmp_path):
+    """Two sources, two stages, masked documents, loss on what the assistant says: as the unbroken run, to rounding."""
+    rows = [{"prompt": f"What comes after {n}?", "response": f"After {n} comes {n + 1}."} for n in range(60)]
+    (place / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mixed = [
+        "data.sources={speech:{text:corpus.jsonl,weight:2},chat:{text:chat.jsonl,format:instruction,weight:1}}",
+        "data.mixture=[{until:0.5},{weights:{chat:1}}]", "data.mask_documents=true", "data.held_out=0.2",
+    ]  # fmt: skip
+
+    def train(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "moetrain.cli", "train", f"name={name}", *SETTINGS, *mixed, *more]
+        return subprocess.run(line, cwd=place, env=environment(place), capture_output=True, text=True,
+                              timeout=LIMIT_SECONDS)  # fmt: skip
+
+    whole = train("mixed")
+    assert whole.returncode == 0, whole.stderr
+    assert "speech   33.3% of the sequences" in whole.stdout
+    by_source = final(place, "mixed")["held_out_loss_by_source"]
+    assert set(by_source) == {"speech", "chat"}
+    # from the checkpoint of step 20 on one process instead of two, with as many rows in a pass
+    shutil.copytree(place / "runs" / "mixed", place / "runs" / "again")
+    shutil.rmtree(place / "runs" / "again" / "checkpoints" / f"step_{STEPS:08d}")
+    lines = [json.dumps(line) for line in metrics(place, "mixed") if line["step"] <= 20]
+    (place / "runs" / "again" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    again = train("again", "launch.processes=1")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+    assert losses(place, "again")[20:] == pytest.approx(losses(place, "mixed")[20:], rel=1e-4)
+    assert final(place, "again")["held_out_loss_by_source"] == pytest.approx(by_source, rel=1e-3)

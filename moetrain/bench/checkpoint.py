@@ -27,7 +27,7 @@ from moetrain.checkpoint.saver import Saver
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig
 from moetrain.model.build import build_model, initialize
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.topology import Topology
@@ -245,7 +245,7 @@ def _engine(parameters: int, groups: Groups) -> tuple[Engine, int]:
         clip=1.0,
     )
     tokens = torch.randint(0, config.vocab_size, (1, 33), generator=torch.Generator().manual_seed(0))
-    engine.forward_backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    engine.forward_backward(MicroBatch(token_BS=tokens[:, :-1].contiguous(), target_BS=tokens[:, 1:].contiguous()))
     engine.step(1e-3)
     return engine, sum(each.numel() for each in gpt.parameters())
 

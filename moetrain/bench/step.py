@@ -30,7 +30,7 @@ from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.metrics.load import LoadMeter
 from moetrain.model.build import build_model, initialize
 from moetrain.model.gpt import GPT
-from moetrain.model.objective import Losses, Objective
+from moetrain.model.objective import Losses, MicroBatch, Objective
 from moetrain.moe.layer import Load
 from moetrain.plan.flops import flops_per_token
 
@@ -165,7 +165,7 @@ class Field:
         )
 
     def _losses(self, objective: Objective) -> Losses:
-        losses: Losses = objective(self.token_BS, self.target_BS)
+        losses: Losses = objective(MicroBatch(token_BS=self.token_BS, target_BS=self.target_BS))
         return losses
 
     def _observed(self, objective: Objective, optimizer: Optimizer) -> None:

@@ -33,6 +33,7 @@ VERBS = {
     "prepare": Verb("train", "text to token files (train does it by itself)", presets=True),
     "config": Verb("train", "show every setting of a run, and where each comes from", presets=True),
     "plan": Verb("plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
+    "data": Verb("train", "show what a step reads"),
     "sample": Verb("train", "let a trained model write"),
     "verify": Verb("verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("checkpoint", "list, examine, compare and remove what was saved"),

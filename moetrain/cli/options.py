@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from moetrain.compose import Composed
     from moetrain.config.schema import RunConfig
+    from moetrain.data.build import Corpus
 
 
 class Options:
@@ -60,6 +61,34 @@ def settings(options: Options) -> tuple[RunConfig, Composed]:
     return run, composed
 
 
+def corpus_of(run: RunConfig) -> Corpus:
+    """The token files of each source of a run, made now if they are not there."""
+    from moetrain.config.data import sources_of
+    from moetrain.data.build import hold_together
+    from moetrain.data.corpus import Prepared, open_prepared
+    from moetrain.instruct.build import instruction_directory, prepare_instructions
+    from moetrain.metrics.console import StageBars
+    from moetrain.prepare.directory import prepare
+    from moetrain.prepare.directory import prepared_directory as named
+
+    parts: dict[str, Prepared] = {}
+    tokenizer = run.data.tokenizer
+    for name, source in sources_of(run.data).items():
+        if source.text is None:
+            parts[name] = open_prepared(Path(str(source.prepared)))
+        else:
+            what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
+                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer}  # fmt: skip
+            is_instruction = source.format == "instruction"
+            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
+            place, make = (instruction_directory, prepare_instructions) if is_instruction else (named, prepare)
+            directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
+            with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
+                parts[name] = make(directory, progress=bars, **what)
+        tokenizer = tokenizer or str(parts[name].tokenizer_path)
+    return hold_together(parts)
+
+
 def _fitting(processes: int, *, batch: int) -> int:
     """The most of this machine's processes that share the batch evenly: 6 GPUs take a batch of 16 four at a time."""
     return max((n for n in range(1, processes + 1) if batch % n == 0), default=1)
@@ -80,3 +109,23 @@ def number(text: str) -> int | float | str:
         except ValueError:
             continue
     return text
+
+
+def own_words(words: Sequence[str], *, defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A verb's own settings, over their defaults, and the words that are not among them.
+
+    Raises:
+        ConfigError: one that must be a whole number from 0 is none.
+    """
+    own, rest, problems = dict(defaults), [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in own:
+            rest.append(word)
+        elif isinstance(defaults[key], int) and not (value.isascii() and value.isdecimal()):
+            problems.append(f"{key} is {value!r}, but must be a whole number from 0")
+        else:
+            own[key] = int(value) if isinstance(defaults[key], int) else value
+    if problems:
+        raise ConfigError(problems)
+    return own, rest

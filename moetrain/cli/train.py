@@ -1,4 +1,4 @@
-"""The verbs around a run: train, prepare, config, sample."""
+"""The verbs around a run: train, prepare, config, data, sample."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.options import Options, number, settings
+from moetrain.cli.options import Options, corpus_of, number, own_words, settings
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
 if TYPE_CHECKING:
     from moetrain.checkpoint.remote import Remote
     from moetrain.config.schema import RunConfig
-    from moetrain.data.corpus import Prepared
     from moetrain.report.screen import Baselines
 
 HELP = {
@@ -54,6 +53,20 @@ Prints the settings a run would have, as YAML; beside each value, the file that 
 examples:
   moetrain config
   moetrain config model=glam_64b_64e parallel.zero_stage=2
+""",
+    "data": """usage: moetrain data show [step=N] [samples=N] [picture=FILE] [key=value …] [--config-dir DIR]
+
+Shows what a step of the run reads: its samples as text, each with its source and the borders of its documents, the
+tokens of each source, and how long the documents are. With run_dir=DIR alone it is the run in DIR, with settings the
+run they describe; what is not prepared yet is prepared.
+
+  step=N         counted from 0, the first step (default)
+  samples=N      how many of its samples to write out (default 4; 0: all)
+  picture=FILE   the lengths of the documents, as a PNG
+
+examples:
+  moetrain data show
+  moetrain data show step=12 samples=1 picture=lengths.png
 """,
     "sample": """usage: moetrain sample [run_dir=DIR] [prompt=TEXT] [max_tokens=N] [temperature=X] [top_k=N] [seed=N]
 
@@ -111,8 +124,8 @@ def prepare(words: Sequence[str]) -> int:
     run, _ = settings(Options.read(words))
     from moetrain.report.screen import prepared_text
 
-    directory, prepared = _prepared(run)
-    print(prepared_text(directory, prepared))
+    for part in corpus_of(run).parts.values():
+        print(prepared_text(part.directory, part))
     return 0
 
 
@@ -122,6 +135,29 @@ def config(words: Sequence[str]) -> int:
     from moetrain.report.screen import config_text
 
     print(config_text(run, composed=composed.settings, sources=composed.sources))
+    return 0
+
+
+def data(words: Sequence[str]) -> int:
+    """The verb `data`."""
+    if not words or words[0] != "show":
+        said = f"data has no verb '{words[0]}'" if words else "data wants to know what to do"
+        raise ConfigError([f"{said}: write `moetrain data show`"])
+    own, rest = own_words(words[1:], defaults={"step": 0, "samples": 4, "picture": ""})
+    from moetrain.config.freeze import RUN_FILE, read_run
+    from moetrain.data.build import view_batch
+    from moetrain.data.tokenizer import load_tokenizer
+    from moetrain.report import batch
+
+    key, _, place = rest[0].partition("=") if len(rest) == 1 else ("", "", "")
+    is_there = key == "run_dir" and (Path(place) / RUN_FILE).is_file()
+    run = read_run(Path(place)) if is_there else settings(Options.read(rest))[0]
+    corpus = corpus_of(run)
+    view = view_batch(run, corpus, step=int(own["step"]))
+    decode = load_tokenizer(corpus.first.tokenizer_path).decode
+    batch.show(view, decode=lambda ids: decode(ids, skip_special_tokens=False), samples=int(own["samples"]))
+    if own["picture"]:
+        batch.draw_lengths(view, Path(str(own["picture"])))
     return 0
 
 
@@ -168,9 +204,13 @@ def _compare_with_earlier(run: RunConfig, run_dir: Path) -> None:
                 for name in fixed
             ]
         )
-    free = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name != "data.prepared"]
+    free = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if not _is_place(name)]
     if free:
         print("changed since the last start: " + ", ".join(free))
+
+
+def _is_place(name: str) -> bool:
+    return name.startswith("data.") and name.endswith("prepared")
 
 
 def _in_words(value: Any) -> str:
@@ -181,18 +221,27 @@ def _in_words(value: Any) -> str:
 
 def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
+    from moetrain.config.data import with_prepared
     from moetrain.config.freeze import write_run
-    from moetrain.config.origin import write_origin
+    from moetrain.config.identity import write_origin
+    from moetrain.data.build import make_batches, usage
     from moetrain.data.corpus import TOKENIZER
+    from moetrain.report.screen import mixture_text
 
     _compare_with_earlier(run, run_dir)
-    directory, prepared = _prepared(run)
-    run = replace(run, data=replace(run.data, prepared=str(directory.resolve())))
+    corpus = corpus_of(run)
+    run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
+                                                     corpus.parts.items()}))  # fmt: skip
+    make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
     # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
     if not any((run_dir / "checkpoints").glob("step_*/manifest.json")):
-        shutil.copyfile(prepared.tokenizer_path, run_dir / TOKENIZER)
+        shutil.copyfile(corpus.first.tokenizer_path, run_dir / TOKENIZER)
     write_run(run, run_dir)
-    write_origin(run_dir, command=["moetrain", *sys.argv[1:]], data=asdict(prepared.meta))
+    metas = {name: asdict(part.meta) for name, part in corpus.parts.items()}
+    write_origin(run_dir, command=["moetrain", *sys.argv[1:]],
+                 data=metas if run.data.sources else next(iter(metas.values())))  # fmt: skip
+    if run.data.sources:
+        print(mixture_text(usage(run, corpus)))
     return run
 
 
@@ -211,9 +260,9 @@ def _fetch_newest(remote: Remote | None, run: RunConfig, run_dir: Path) -> None:
         return
     from moetrain.checkpoint import store
     from moetrain.checkpoint.remote import fetch_newest
-    from moetrain.data.corpus import open_prepared
+    from moetrain.data.build import open_corpus
 
-    data = open_prepared(Path(str(run.data.prepared))).digests()
+    data = open_corpus(run.data).digests()
     fetch_newest(
         remote,
         run_dir / "checkpoints",
@@ -239,35 +288,25 @@ def _catch_up(remote: Remote | None, run: RunConfig, run_dir: Path) -> None:
         print(f"warning: {message}", flush=True)
 
 
-def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
-    """The token files of a run, made now if they are not there."""
-    from moetrain.metrics.console import StageBars
-    from moetrain.prepare.directory import prepare as make
-    from moetrain.prepare.directory import prepared_directory
-
-    data = run.data
-    what: dict[str, Any] = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,
-                            "vocab_size": run.model.vocab_size, "tokenizer": data.tokenizer}  # fmt: skip
-    directory = Path(data.prepared) if data.prepared else prepared_directory(Path("prepared"), name=data.name, **what)
-    with StageBars("prepare") as bars:
-        return directory, make(directory, progress=bars, **what)
-
-
 def _baselines(run: RunConfig) -> Baselines:
-    from moetrain.data.corpus import read_meta
+    from moetrain.data.build import open_corpus
     from moetrain.report.screen import Baselines
 
-    found = read_meta(Path(str(run.data.prepared))).baselines
-    return Baselines(trigram=found.trigram, xz=found.xz)
+    metas = [part.meta for part in open_corpus(run.data).parts.values()]
+    num_bytes = sum(meta.held_out.bytes for meta in metas)
+    return Baselines(
+        trigram=sum(meta.baselines.trigram * meta.held_out.bytes / num_bytes for meta in metas),
+        xz=sum(meta.baselines.xz * meta.held_out.bytes / num_bytes for meta in metas),
+    )
 
 
 def _opening(run: RunConfig, *, tokens: int = 12) -> str:
     """The first words of the held-out text, for a sample to go on from."""
     from tokenizers import Tokenizer
 
-    from moetrain.data.corpus import open_prepared
+    from moetrain.data.build import open_corpus
 
-    prepared = open_prepared(Path(str(run.data.prepared)))
+    prepared = open_corpus(run.data).first
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from moetrain.config.data import broken_rules as broken_data_rules
 from moetrain.config.routers import ROUTERS, broken_rules, resolve_router
 from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, RunConfig, ScheduleConfig
 from moetrain.errors import ConfigError
@@ -36,7 +37,8 @@ POSITIVE = (
     "model.moe.top_k", "model.moe.d_expert", "model.moe.every", "model.moe.num_groups", "model.moe.top_groups",
     "model.moe.sinkhorn_iterations", "model.moe.weight_scale", "model.moe.capacity_factor",
     "model.moe.evaluation_capacity_factor", "model.moe.min_capacity", "batch.global_batch", "batch.micro_batch",
-    "batch.sequence_length", "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
+    "batch.sequence_length", "data.temperature", "data.max_epochs",
+    "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.max_sequences", "log.every_steps",
@@ -86,7 +88,7 @@ def check(run: RunConfig, flat: dict[str, object]) -> None:
     Raises:
         ConfigError: with every broken rule.
     """
-    problems = list(_single_fields(flat))
+    problems = [*_single_fields(flat), *broken_data_rules(run.data)]
     # rules across fields divide by numbers: they wait until each number by itself is sound
     if not problems:
         problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run),

@@ -63,6 +63,11 @@ def setting_names() -> set[str]:
     return set(_names(RunConfig, ""))
 
 
+def is_setting(name: str) -> bool:
+    """Whether there is such a section or setting; names that a user gives, as of sources, are as good as any."""
+    return name in setting_names() or any(name.startswith(f"{each}.") for each in _named_by_users(RunConfig, ""))
+
+
 def suggest(name: str, known: set[str]) -> str:
     """'; did you mean …' for the nearest known name, or nothing."""
     own, last = _last_part(name), {each: _last_part(each) for each in sorted(known)}
@@ -119,6 +124,16 @@ def _names(section: type, prefix: str) -> Iterator[str]:
             yield from _names(nested, f"{prefix}{each.name}.")
 
 
+def _named_by_users(section: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(section)
+    for each in dataclasses.fields(section):
+        nested = _section_of(hints[each.name])
+        if nested is not None:
+            yield from _named_by_users(nested, f"{prefix}{each.name}.")
+        elif any(typing.get_origin(option) is dict for option in _options(hints[each.name])):
+            yield prefix + each.name
+
+
 def _section_of(hint: Any) -> type | None:
     for option in _options(hint):
         if dataclasses.is_dataclass(option):
@@ -140,7 +155,10 @@ def _build(section: type, settings: Any, prefix: str, problems: list[str]) -> An
     way_out = "; see `moetrain config` for those there are" if in_run else f": use {', '.join(known)}"
     for key in settings:
         if key not in known:
-            hint = suggest(f"{prefix}{key}", setting_names() if in_run else set(known))
+            names = setting_names() if in_run else set(known)
+            if in_run and f"{prefix}{known[0]}" not in names:
+                names = {f"{prefix}{each}" for each in known}  # a section that the user named
+            hint = suggest(f"{prefix}{key}", names)
             problems.append(f"'{prefix}{key}' is not a setting{hint or way_out}")
     values = {
         name: _value(hints[name], settings[name], f"{prefix}{name}", problems) for name in known if name in settings
@@ -158,20 +176,34 @@ def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     kind = next(each for each in options if each is not type(None))
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        inner = typing.get_args(kind)[1]
+        return {str(key): _value(inner, each, f"{name}.{key}", problems) for key, each in value.items()}
     if typing.get_origin(kind) is list:
-        if isinstance(value, str):
+        inner = typing.get_args(kind)[0]
+        if inner is not str and isinstance(value, list):
+            return [_value(inner, each, f"{name}[{number}]", problems) for number, each in enumerate(value)]
+        if inner is str and isinstance(value, str):
             return [value]
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        if inner is str and isinstance(value, list) and all(isinstance(each, str) for each in value):
             return list(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of texts")
+    wanted = _in_words(kind)
     or_null = " or null" if type(None) in options else ""
     # the command line reads name=2024 as a number
     is_bare = kind is str and isinstance(value, (bool, int, float))
     as_text = f": on the command line, '{name}=\"{_shown(value)}\"' is text" if is_bare else ""
     problems.append(f"'{name}' is {_shown(value)}, but must be {wanted}{or_null}{as_text}")
     return value
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is dict:
+        return "a section of settings"
+    if typing.get_origin(kind) is list and typing.get_args(kind)[0] is not str:
+        return "a list of sections of settings"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of texts")
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,29 @@
-"""Whether two settings describe the same run, so that one may go on from the other's checkpoint."""
+"""What tells runs apart: the settings that make one what it is, and where each start of it came from.
+
+``origin.json``, beside ``run.yaml``, has an entry for each start: code, versions, command line, data.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from moetrain.config.data import DataConfig
 from moetrain.config.freeze import flatten, to_dict
 from moetrain.config.schema import RunConfig
+from moetrain.errors import ConfigError
+
+ORIGIN_FILE = "origin.json"
+_PACKAGES = ("moetrain", "torch", "deepspeed", "datasets", "tokenizers", "hydra-core", "numpy")
 
 # What the weights, their names and the order of the data depend on. The rest (layout, length, learning rate, logging)
 # may change between two starts of one run.
@@ -21,14 +37,20 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]
     found: dict[str, tuple[Any, Any]] = {}
     if (before.model.moe is None) != (now.model.moe is None):
         found["model.moe"] = (old["model"].pop("moe"), new["model"].pop("moe"))
+    names = [None if each.data.sources is None else list(each.data.sources) for each in (before, now)]
+    if names[0] != names[1]:  # their order counts, too
+        found["data.sources"] = (names[0], names[1])
     flat_old, flat_new = flatten(old), flatten(new)
-    found |= {name: (flat_old[name], flat_new[name]) for name in flat_old if flat_old[name] != flat_new[name]}
+    for name in flat_old.keys() & flat_new.keys():
+        if flat_old[name] != flat_new[name]:
+            found[name] = (flat_old[name], flat_new[name])
     return dict(sorted(found.items()))
 
 
 def is_fixed(name: str) -> bool:
     """Whether a run must keep the setting from its first start to its end."""
-    return name.startswith(_FIXED) and name not in _FREE
+    is_place = name.startswith("data.sources.") and name.endswith(".prepared")
+    return name.startswith(_FIXED) and name not in _FREE and not is_place
 
 
 def training_digest(run: RunConfig) -> str:
@@ -38,7 +60,81 @@ def training_digest(run: RunConfig) -> str:
     """
     settings = to_dict(run)
     settings["model"].pop("moe")
-    settings["data"] = {key: settings["data"][key] for key in ("text", "text_column", "held_out", "tokenizer")}
+    settings["data"] = _what_is_read(settings["data"])
     settings["batch"].pop("micro_batch")
     kept = {key: settings[key] for key in ("seed", "model", "data", "batch", "optim", "schedule")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_origin(directory: Path, *, command: Sequence[str], data: dict[str, Any]) -> None:
+    """Append this start to the history of the run.
+
+    Args:
+        command: the command line.
+        data: what the tokens were made of.
+
+    Raises:
+        ConfigError: the history there is cannot be read.
+    """
+    path = directory / ORIGIN_FILE
+    try:
+        starts = list(json.loads(path.read_text())["starts"]) if path.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{path} is no history of starts ({error}): move it away, and a new one begins"]) from None
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": list(command),
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "code": _code(),
+            "data": data,
+        }
+    )
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps({"starts": starts}, indent=1))
+    os.replace(partial, path)
+
+
+def _what_is_read(data: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the data without names and places; those that came later count where they are used."""
+    defaults = asdict(DataConfig())
+    always = ("text", "text_column", "held_out", "tokenizer")
+    kept = {key: value for key, value in data.items() if key in always or value != defaults[key]}
+    kept = {key: value for key, value in kept.items() if key not in ("name", "prepared")}
+    if "sources" in kept:
+        # a list: their order counts, too
+        kept["sources"] = [[name, source | {"prepared": None}] for name, source in kept["sources"].items()]
+    return kept
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code() -> dict[str, str] | None:
+    """The commit of the checkout, and a digest of what was changed in it; None outside a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    # an installation may lie in a checkout of something else: whose commit it is shows only what git tracks
+    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
+    commit = _git(package, "rev-parse", "HEAD")
+    if tracked is None or commit is None:
+        return None
+    changed = _git(package, "diff", "HEAD", "--", ".") or ""
+    return {
+        "commit": commit.strip(),
+        "uncommitted_sha256": hashlib.sha256(changed.encode()).hexdigest() if changed else "",
+    }
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # a diff may hold bytes of any encoding
+    return done.stdout.decode(errors="backslashreplace")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moetrain.config.data import DataConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -123,26 +125,6 @@ class ModelConfig:
     """fp32, or bf16 with fp32 master weights."""
     moe: MoEConfig | None = field(default_factory=MoEConfig)
     """The sparse blocks; null: none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """From text to tokens."""
-
-    name: str = "sotu"
-    """A label for the corpus, used in the name of the prepared directory."""
-    text: list[str] = field(default_factory=lambda: ["builtin:sotu"])
-    """Files, directories or globs of .txt, .jsonl, .json, .csv (also .gz, .xz, .zst) or .parquet; builtin:sotu
-    ships with moetrain."""
-    text_column: str = "text"
-    """Column of jsonl and parquet rows that holds the text."""
-    held_out: float = 0.05
-    """Share of the documents kept for evaluation, in (0, 0.5]."""
-    tokenizer: str | None = None
-    """Path of a tokenizer.json. null: a byte-level BPE of model.vocab_size entries, trained on the
-    training documents."""
-    prepared: str | None = None
-    """Directory of the token files. null: prepared/NAME-DIGEST, the digest covering text and tokenizer settings."""
 
 
 @dataclass(frozen=True, kw_only=True)

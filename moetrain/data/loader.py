@@ -4,7 +4,8 @@
     sequence 0        t0 t1 t2                         S+1 tokens: the first S go in, the last S come out
     sequence 1              t2 t3 t4                   the next one starts on the last token of this one
     sample            step * global_batch + i          counted over the whole run
-    sequence of it    permutation(epoch)[sample % n]   n sequences, epoch = sample // n
+    source of it      mixture(sample)                  and how many samples of that source come before, its index
+    sequence of it    permutation(epoch)[index % n]    n sequences, epoch = index // n
 
 Shape suffixes: B global batch, A micro-batches of a step on one rank, M micro_batch, S sequence_length.
 """
@@ -12,53 +13,136 @@ Shape suffixes: B global batch, A micro-batches of a step on one rank, M micro_b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moetrain.data.mixture import Located, Mixture, one_source
 from moetrain.errors import ConfigError, DataError
 
 NOT_COUNTED = -1
 """The target of padding."""
 
+Rearrange = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+
 _ROUNDS = 8  # four make a permutation look random on large domains (Luby and Rackoff 1988); small ones need more
 
 
-class Batches:
-    """The training batches; the one at step s is a function of the tokens, the seed and s alone.
+@dataclass(frozen=True)
+class Rows:
+    """Some sequences of a batch."""
 
-    Each sequence comes once in an epoch, in an order of that epoch's own. A batch may reach over the end of an epoch.
+    tokens: npt.NDArray[np.int64]  # [..., S+1]
+    counted: npt.NDArray[np.bool_] | None  # [..., S+1], whether each has a loss as a target; None: all have
+
+    def reshape(self, *shape: int) -> Rows:
+        """The same in another shape, without the S+1."""
+        length = self.tokens.shape[-1]
+        counted = None if self.counted is None else self.counted.reshape(*shape, length)
+        return Rows(self.tokens.reshape(*shape, length), counted)
+
+
+class Sequences:
+    """The training sequences of one source, each once in an epoch, in an order of that epoch's own.
 
     Args:
         tokens: [N] token ids of the training split.
         sequence_length: S, tokens per sequence.
-        global_batch: B, sequences per step over all ranks.
         seed: the order follows from it.
+        counted: [N] whether each token has a loss as a target, 0 or 1; None: all have.
+        name: of the source, for messages.
 
     Raises:
         DataError: the tokens do not make one sequence.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], *, sequence_length: int, global_batch: int, seed: int) -> None:
-        self._tokens = tokens
-        self._sequence_length = sequence_length
-        self._global_batch = global_batch
-        self._seed = seed
-        self.sequences_per_epoch = (len(tokens) - 1) // sequence_length
-        if self.sequences_per_epoch < 1:
+    def __init__(
+        self,
+        tokens: npt.NDArray[Any],
+        *,
+        sequence_length: int,
+        seed: int,
+        counted: npt.NDArray[Any] | None = None,
+        name: str = "",
+    ) -> None:
+        assert counted is None or len(counted) == len(tokens)
+        self._tokens, self._counted, self.sequence_length, self._seed = tokens, counted, sequence_length, seed
+        self.name = name
+        self.per_epoch = (len(tokens) - 1) // sequence_length
+        if self.per_epoch < 1:
             raise DataError(
-                f"the training text has {len(tokens):,} tokens, but one sequence takes {sequence_length + 1:,} "
-                "(batch.sequence_length and one to predict): add text, or set a smaller batch.sequence_length"
+                f"the training text{f' of {name}' if name else ''} has {len(tokens):,} tokens, but one sequence takes "
+                f"{sequence_length + 1:,} (batch.sequence_length and one to predict): add text, or set a smaller "
+                "batch.sequence_length"
             )
 
-    def at(self, step: int) -> npt.NDArray[np.int64]:
+    @property
+    def has_uncounted(self) -> bool:
+        """Whether there may be tokens without a loss."""
+        return self._counted is not None
+
+    def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens, [N, S+1], of those that come ``index``-th, [N]."""
+        return self._cut(self._tokens, self.places(index)).astype(np.int64)
+
+    def read_counted(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether each token of the same has a loss as a target, [N, S+1]."""
+        if self._counted is None:
+            return np.ones((len(index), self.sequence_length + 1), dtype=np.bool_)
+        return self._cut(self._counted, self.places(index)).astype(np.bool_)
+
+    def places(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which sequence of the text comes ``index``-th, [N]."""
+        epochs, places = np.divmod(index, self.per_epoch)
+        sequences = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            sequences[now] = permute(places[now], size=self.per_epoch, seed=self._seed, epoch=int(epoch))
+        return sequences
+
+    def _cut(self, array: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        starts = places * self.sequence_length
+        return np.stack([array[start : start + self.sequence_length + 1] for start in starts])
+
+
+class Batches:
+    """The training batches; the one at step s is a function of the sources, the mixture, the seeds and s alone.
+
+    A batch may reach over the end of an epoch.
+
+    Args:
+        sources: all of one sequence length.
+        global_batch: B, sequences per step over all ranks.
+        mixture: which source each sample comes from; None: all from the only one.
+        rearrange: what is done to the tokens of each sample, [N, S+1], with its number, [N]; sources with tokens
+            that have no loss are left as they are.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequences],
+        *,
+        global_batch: int,
+        mixture: Mixture | None = None,
+        rearrange: Rearrange | None = None,
+    ) -> None:
+        assert len({source.sequence_length for source in sources}) == 1
+        assert mixture is not None or len(sources) == 1
+        self.sources, self._mixture = sources, mixture or one_source()
+        self._global_batch, self._rearrange = global_batch, rearrange
+
+    def at(self, step: int) -> Rows:
         """[B, S+1]: all sequences of a step, over all ranks."""
         return self._read(np.arange(self._global_batch), step=step)
 
-    def rank_slice(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> npt.NDArray[np.int64]:
+    def located(self, step: int) -> Located:
+        """Where the sequences of a step come from, each [B]."""
+        return self._mixture.locate(step * self._global_batch + np.arange(self._global_batch))
+
+    def rank_slice(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> Rows:
         """[A, M, S+1]: what one rank reads at a step, and nothing else is read.
 
         Row i of ``at(step)`` belongs to micro-batch i // (world_size * micro_batch), and there to rank
@@ -76,22 +160,61 @@ class Batches:
                 ]
             )
         rows = np.arange(self._global_batch).reshape(-1, world_size, micro_batch)[:, rank]
-        sequences = self._read(rows.reshape(-1), step=step)
-        return sequences.reshape(*rows.shape, self._sequence_length + 1)
+        return self._read(rows.reshape(-1), step=step).reshape(*rows.shape)
+
+    def counted_per_row(self, step: int) -> float | None:
+        """Targets with a loss in a row of a step, on average over all of them; None: they all have one."""
+        if not any(source.has_uncounted for source in self.sources):
+            return None
+        counted = self._counted(self.located(step))
+        # a step without any has no loss at all, and no gradient
+        return max(1, int(counted[:, 1:].sum())) / self._global_batch
 
     def fingerprint(self, step: int) -> str:
-        """sha256 of ``at(step)`` as little-endian int64: equal runs read equal batches."""
-        return hashlib.sha256(self.at(step).astype("<i8").tobytes()).hexdigest()
+        """sha256 of ``at(step)`` as little-endian int64: equal runs read equal batches.
 
-    def _read(self, rows: npt.NDArray[np.int64], *, step: int) -> npt.NDArray[np.int64]:
+        Empty where the sources have nothing left to give.
+        """
+        if self._mixture.length is not None and self._mixture.length < (step + 1) * self._global_batch:
+            return ""
+        rows = self.at(step)
+        digest = hashlib.sha256(rows.tokens.astype("<i8").tobytes())
+        if rows.counted is not None:
+            digest.update(rows.counted.tobytes())
+        return digest.hexdigest()
+
+    def _read(self, rows: npt.NDArray[np.int64], *, step: int) -> Rows:
         assert step >= 0, step
-        epochs, places = np.divmod(step * self._global_batch + rows, self.sequences_per_epoch)
-        sequences = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            now = epochs == epoch
-            sequences[now] = permute(places[now], size=self.sequences_per_epoch, seed=self._seed, epoch=int(epoch))
-        starts = sequences * self._sequence_length
-        return np.stack([self._tokens[start : start + self._sequence_length + 1] for start in starts]).astype(np.int64)
+        samples = step * self._global_batch + rows
+        located = self._mixture.locate(samples)
+        tokens = np.empty((len(rows), self.sources[0].sequence_length + 1), dtype=np.int64)
+        for source in np.unique(located.source):
+            of_it = located.source == source
+            tokens[of_it] = self.sources[source].read(located.index[of_it])
+            if self._rearrange is not None and not self.sources[source].has_uncounted:
+                tokens[of_it] = self._rearrange(tokens[of_it], samples[of_it])
+        is_plain = not any(source.has_uncounted for source in self.sources)
+        return Rows(tokens, counted=None if is_plain else self._counted(located))
+
+    def _counted(self, located: Located) -> npt.NDArray[np.bool_]:
+        counted = np.empty((len(located.source), self.sources[0].sequence_length + 1), dtype=np.bool_)
+        for source in np.unique(located.source):
+            of_it = located.source == source
+            counted[of_it] = self.sources[source].read_counted(located.index[of_it])
+        return counted
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """The held-out text of a source."""
+
+    tokens: npt.NDArray[Any]  # [N]
+    num_bytes: int  # of UTF-8 text
+    counted: npt.NDArray[Any] | None = None  # [N], whether each has a loss as a target, 0 or 1; None: all have
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -99,11 +222,12 @@ class HeldOutBatch:
     """One micro-batch of held-out text."""
 
     tokens: npt.NDArray[np.int64]  # [M, S], what goes in; 0 where there is only padding
-    targets: npt.NDArray[np.int64]  # [M, S], what comes next; NOT_COUNTED where there is only padding
+    targets: npt.NDArray[np.int64]  # [M, S], what comes next; NOT_COUNTED where there is only padding, or no loss
+    rows: int  # those with text; the rest is padding
 
 
 def held_out_batches(
-    tokens: npt.NDArray[Any],
+    text: HeldOutText,
     *,
     sequence_length: int,
     rank: int,
@@ -119,7 +243,7 @@ def held_out_batches(
     ``NOT_COUNTED``.
 
     Args:
-        tokens: [N] token ids of the held-out split.
+        text: the held-out split.
         sequence_length: S, tokens per sequence; the last one may be shorter.
         rank: this rank.
         world_size: all of them.
@@ -129,34 +253,37 @@ def held_out_batches(
     Raises:
         DataError: there are fewer than two tokens, so nothing can be predicted.
     """
-    if len(tokens) < 2:
+    if text.num_tokens < 2:
         raise DataError(
-            f"the held-out text has {len(tokens)} tokens, too few to predict one: set a larger data.held_out"
+            f"the held-out text has {text.num_tokens} tokens, too few to predict one: set a larger data.held_out"
         )
     assert max_sequences is None or max_sequences > 0, max_sequences
-    total = -(-(len(tokens) - 1) // sequence_length)
+    total = -(-(text.num_tokens - 1) // sequence_length)
     used = total if max_sequences is None else min(total, max_sequences)
     sequences = np.arange(used) * total // used
     offset = rank * micro_batch
     return (
         _held_out_batch(
-            tokens, sequences[first : first + micro_batch], sequence_length=sequence_length, micro_batch=micro_batch
+            text, sequences[first : first + micro_batch], sequence_length=sequence_length, micro_batch=micro_batch
         )
         for first in range(offset, offset + used, world_size * micro_batch)
     )
 
 
 def _held_out_batch(
-    tokens: npt.NDArray[Any], sequences: npt.NDArray[np.int64], *, sequence_length: int, micro_batch: int
+    text: HeldOutText, sequences: npt.NDArray[np.int64], *, sequence_length: int, micro_batch: int
 ) -> HeldOutBatch:
     inputs = np.zeros((micro_batch, sequence_length), dtype=np.int64)
     targets = np.full((micro_batch, sequence_length), NOT_COUNTED, dtype=np.int64)
     for row, sequence in enumerate(sequences):
         start = int(sequence) * sequence_length
-        piece = tokens[start : start + sequence_length + 1]
+        piece = text.tokens[start : start + sequence_length + 1]
         inputs[row, : len(piece) - 1] = piece[:-1]
         targets[row, : len(piece) - 1] = piece[1:]
-    return HeldOutBatch(tokens=inputs, targets=targets)
+        if text.counted is not None:
+            flags = text.counted[start + 1 : start + len(piece)]
+            targets[row, : len(flags)][flags == 0] = NOT_COUNTED
+    return HeldOutBatch(tokens=inputs, targets=targets, rows=len(sequences))
 
 
 def permute(places: npt.NDArray[np.int64], *, size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:

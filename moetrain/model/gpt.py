@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moetrain.model.attention import Attention, Rotation, rotation
+from moetrain.model.attention import Attention, Rotation, document_mask, rotation
 from moetrain.model.ffn import FeedForward
 from moetrain.model.recompute import Recompute
 from moetrain.moe.layer import MoELayer, MoEOutput
@@ -57,11 +57,18 @@ class Block(nn.Module):
         self.recompute = recompute or Recompute()
 
     def forward(
-        self, x_BSD: Tensor, *, turn: Rotation | None, token_BS: Tensor, replay: Choice | None = None
+        self,
+        x_BSD: Tensor,
+        *,
+        turn: Rotation | None,
+        token_BS: Tensor,
+        mask: Tensor | None = None,
+        replay: Choice | None = None,
     ) -> BlockOutput:
         """Args:
         x_BSD: the residual stream.
         turn: angles of the rotary embedding; None when positions are learned.
+        mask: what attention may see (``attention.document_mask``); None: all that came before.
         token_BS: ids.
         replay: the choice of the router in an earlier pass, to be repeated; None: it chooses.
         """
@@ -69,7 +76,7 @@ class Block(nn.Module):
 
         def whole(x_BSD: Tensor) -> BlockOutput:
             nonlocal choice
-            halfway = self.recompute.attention(self._attend, x_BSD, turn)
+            halfway = self.recompute.attention(self._attend, x_BSD, turn, mask)
             if not isinstance(self.feed_forward, MoELayer):
                 return BlockOutput(halfway.x_BSD + self.recompute.dense(self.feed_forward, halfway.normed_BSD), None)
             answer: MoEOutput = self.feed_forward(halfway.normed_BSD, token_BS, choice)
@@ -80,8 +87,8 @@ class Block(nn.Module):
         output: BlockOutput = self.recompute.block(whole, x_BSD)
         return output
 
-    def _attend(self, x_BSD: Tensor, turn: Rotation | None) -> _Halfway:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn=turn)
+    def _attend(self, x_BSD: Tensor, turn: Rotation | None, mask: Tensor | None) -> _Halfway:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn=turn, mask=mask)
         return _Halfway(x_BSD, self.feed_forward_norm(x_BSD))
 
 
@@ -138,26 +145,33 @@ class GPT(nn.Module):
         self.norm = norm
         self.head = None if tie_embeddings else nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
 
-    def forward(self, token_BS: Tensor, replay: Sequence[Choice] | None = None) -> GPTOutput:
+    def forward(
+        self,
+        token_BS: Tensor,
+        replay: Sequence[Choice] | None = None,
+        *,
+        document_BS: Tensor | None = None,
+        position_BS: Tensor | None = None,
+    ) -> GPTOutput:
         """Args:
         token_BS: ids.
+        document_BS: which document of its sequence each token is of, rising; attention stays within it. None:
+            every token sees all before it.
+        position_BS: of each token; None: they count from the start of the sequence.
         replay: the choice of each MoE block in an earlier pass, to be repeated; None: the routers choose.
         """
         x = self.embedding(token_BS)
+        position = torch.arange(token_BS.shape[1], device=token_BS.device) if position_BS is None else position_BS
         turn = None
         if self.positions is not None:
-            x = x + self.positions(torch.arange(token_BS.shape[1], device=token_BS.device))
+            x = x + self.positions(position)
         if self.rope_theta is not None:
-            turn = rotation(
-                token_BS.shape[1],
-                d_head=self.blocks[0].attention.d_head,
-                theta=self.rope_theta,
-                device=token_BS.device,
-            )
+            turn = rotation(position, d_head=self.blocks[0].attention.d_head, theta=self.rope_theta)
+        mask = None if document_BS is None else document_mask(document_BS)
         moe: list[MoEOutput] = []
         for block in self.blocks:
             repeats = replay is not None and isinstance(block.feed_forward, MoELayer)
-            output = block(x, turn=turn, token_BS=token_BS, replay=replay[len(moe)] if repeats else None)
+            output = block(x, turn=turn, token_BS=token_BS, mask=mask, replay=replay[len(moe)] if repeats else None)
             x = output.hidden_BSD
             if output.moe is not None:
                 moe.append(output.moe)

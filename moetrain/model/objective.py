@@ -14,6 +14,23 @@ NOT_COUNTED = -1
 """Target of a position that has no loss."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward pass takes."""
+
+    token_BS: Tensor
+    """int64, ids."""
+    target_BS: Tensor
+    """int64, what comes next; ``NOT_COUNTED`` where that has no loss."""
+    document_BS: Tensor | None = None
+    """As ``GPT.forward``."""
+    position_BS: Tensor | None = None
+    """As ``GPT.forward``."""
+    counted: float | None = None
+    """What the summed loss is divided by: counted targets per micro-batch, on average over the global batch, so that
+    every target of a step weighs the same. None: those of this micro-batch, which is the same where all count."""
+
+
 @dataclass(frozen=True)
 class Losses:
     """The losses of one micro-batch."""
@@ -21,7 +38,7 @@ class Losses:
     total: Tensor
     """What gradients are taken of."""
     language: Tensor
-    """Mean cross entropy per counted token, nats, detached."""
+    """Cross entropy per counted token, nats, detached; its mean over the micro-batches of a step is the step's."""
     load: list[Load]
     """One for each MoE block."""
 
@@ -41,14 +58,17 @@ class Objective(nn.Module):
         self.gpt = gpt
         self.loss_weights = loss_weights
 
-    def forward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
-        output = self.gpt(token_BS)
+    def forward(self, batch: MicroBatch) -> Losses:
+        output = self.gpt(batch.token_BS, document_BS=batch.document_BS, position_BS=batch.position_BS)
         language = nn.functional.cross_entropy(
             # float32: the sum of a bf16 softmax over a large vocabulary loses the loss's third digit
             output.logit_BSV.float().flatten(0, 1),
-            target_BS.flatten(),
+            batch.target_BS.flatten(),
             ignore_index=NOT_COUNTED,
+            reduction="mean" if batch.counted is None else "sum",
         )
+        if batch.counted is not None:
+            language = language / batch.counted
         total = language
         for layer in output.moe:
             for name, loss in layer.losses.items():
@@ -59,10 +79,10 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def negative_log_likelihood(gpt: GPT, token_BS: Tensor, target_BS: Tensor) -> tuple[Tensor, list[Load]]:
+def negative_log_likelihood(gpt: GPT, batch: MicroBatch) -> tuple[Tensor, list[Load]]:
     """Summed over the counted tokens, nats; with the load of each MoE block."""
-    output = gpt(token_BS)
+    output = gpt(batch.token_BS, document_BS=batch.document_BS, position_BS=batch.position_BS)
     summed = nn.functional.cross_entropy(
-        output.logit_BSV.float().flatten(0, 1), target_BS.flatten(), ignore_index=NOT_COUNTED, reduction="sum"
+        output.logit_BSV.float().flatten(0, 1), batch.target_BS.flatten(), ignore_index=NOT_COUNTED, reduction="sum"
     )
     return summed, [layer.load for layer in output.moe]

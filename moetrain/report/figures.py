@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moetrain.plan.time import TIMES
 Metrics = Sequence[dict[str, Any]]
 
 DPI = 150
+SOURCE_COLOURS = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:olive", "tab:cyan", "tab:pink", "tab:brown"]
 _LAST_LINES = 10
 _MOST_EXPERTS_WITH_NUMBERS = 16
 _MOST_LAYERS_WITH_NAMES = 8
@@ -186,6 +187,38 @@ def _stacked(
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     axes.set_yticks(range(len(bars)), names)
     axes.set_xlim(0, max(left) * 1.12)
+
+
+def document_lengths(lengths: Mapping[str, Sequence[int]], path: Path, *, title: str) -> None:
+    """How long the documents of a batch are, one colour for each source, as a PNG of 1200 x 600 pixels.
+
+    Args:
+        lengths: tokens of each document, by the name of its source; none is 0.
+        path: where the picture goes.
+        title: stands above it.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    longest = max(max(each, default=1) for each in lengths.values())
+    # borders at powers of the square root of two, but whole numbers: a document of 3 tokens lies in one bar alone
+    edges = sorted({math.ceil(2 ** (place / 2)) for place in range(math.ceil(2 * math.log2(longest + 1)) + 1)})
+    with style.context(_STYLE, after_reset=True):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        names = [f"{name} ({len(each):,})" for name, each in lengths.items()]
+        axes.hist(list(lengths.values()), bins=edges, stacked=True, label=names, rwidth=0.92,
+                  color=SOURCE_COLOURS[: len(names)] if len(names) <= len(SOURCE_COLOURS) else None)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.set_xlabel("tokens of a document in its sequence")
+        axes.set_ylabel("documents")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper left")
+        _save(figure, path)
 
 
 def _heat_map(figure: Any, axes: Any, load: Any) -> None:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def prepared_text(directory: Path, prepared: Any) -> str:
         f"  held out  {held_out.num_documents:>9,} documents  {held_out.num_tokens:>13,} tokens\n"
         f"  vocabulary {prepared.vocab_size:,}, {train.num_bytes / train.num_tokens:.2f} bytes per token"
     )
+
+
+def mixture_text(uses: Sequence[Any]) -> str:
+    """A line for each source of a run.
+
+    Args:
+        uses: as ``data.build.SourceUse``.
+    """
+    width = max(len(use.name) for use in uses)
+    lines = []
+    for use in uses:
+        ends = "" if use.used_up_at is None else f", used up at step {use.used_up_at:,}: then the others share its part"
+        lines.append(f"  {use.name:<{width}}  {use.share:6.1%} of the sequences, read {use.epochs:.2f} times{ends}")
+    return "\n".join(lines)
 
 
 def config_text(run: RunConfig, *, composed: dict[str, Any], sources: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moetrain.checkpoint.state import Fragment
 from moetrain.errors import TrainingError
 from moetrain.model.gpt import Block
-from moetrain.model.objective import Losses, Objective
+from moetrain.model.objective import Losses, MicroBatch, Objective
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel.groups import Groups
@@ -66,10 +66,10 @@ class Engine:
             _keep_routers_whole(self.gpt)
         _start_moments(adamw, self._flats())
 
-    def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses:
+    def forward_backward(self, batch: MicroBatch) -> Losses:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses
-        total, losses = self._engine(token_BS, target_BS)
+        total, losses = self._engine(batch)
         if losses.load:
             count_LE = torch.stack([load.chosen_E for load in losses.load])
             self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
@@ -187,8 +187,8 @@ class _Root(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, token_BS: Tensor, target_BS: Tensor) -> tuple[Tensor, Losses]:
-        losses: Losses = self.objective(token_BS, target_BS)
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Losses]:
+        losses: Losses = self.objective(batch)
         return losses.total, losses
 
 

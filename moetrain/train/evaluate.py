@@ -6,22 +6,24 @@ import hashlib
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moetrain.checkpoint.certificate import Certificate
-from moetrain.data.corpus import TokenFile
-from moetrain.data.loader import HeldOutBatch, held_out_batches
+from moetrain.data.loader import HeldOutBatch, HeldOutText, held_out_batches
+from moetrain.data.packing import Packing
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.model.gpt import GPT
 from moetrain.model.objective import NOT_COUNTED, negative_log_likelihood
 from moetrain.parallel.groups import Groups
+from moetrain.train.setup import held_out_micro_batch
 
 PROBE_SEQUENCES = 4
 
@@ -38,6 +40,8 @@ class Evaluation:
     """Predicted tokens."""
     load: LoadReport | None
     """None for a dense model."""
+    by_source: dict[str, float]
+    """The loss on the text of each source; empty where there is one alone."""
 
     @property
     def perplexity(self) -> float:
@@ -45,11 +49,26 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
+@dataclass(frozen=True)
+class HeldOutShare:
+    """This rank's share of the held-out text of a source.
+
+    Attributes:
+        num_tokens: of all the held-out text of the source; what its loss weighs among the others'.
+        num_bytes: the same in UTF-8.
+    """
+
+    name: str
+    batches: Iterable[HeldOutBatch]
+    num_tokens: int
+    num_bytes: int
+
+
 def evaluate(
     gpt: GPT,
-    batches: Iterable[HeldOutBatch],
+    shares: Sequence[HeldOutShare],
     *,
-    bytes_per_token: float,
+    packing: Packing,
     meter: LoadMeter | None,
     device: torch.device,
     group: dist.ProcessGroup,
@@ -58,37 +77,56 @@ def evaluate(
     """Evaluate over all ranks; each brings the same number of batches, since an MoE block needs them all.
 
     Args:
-        batches: this rank's share.
-        bytes_per_token: UTF-8 bytes of the held-out text over its tokens.
+        shares: one for each source.
+        packing: what documents in one sequence see of each other.
         meter: counts the expert load; None for a dense model.
         on_batch: called after each batch, for a progress bar.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = gpt.training
     gpt.eval()
+    total = torch.stack(
+        [_summed(gpt, each.batches, packing=packing, meter=meter, device=device, on_batch=on_batch) for each in shares]
+    )
+    gpt.train(was_training)
+    dist.all_reduce(total, group=group)
+    losses = [summed_nats / max(1.0, count) for summed_nats, count in total.tolist()]
+    num_tokens, num_bytes = sum(each.num_tokens for each in shares), sum(each.num_bytes for each in shares)
+    # by the size of their texts, however few sequences were read of each
+    loss = sum(each.num_tokens / num_tokens * loss for each, loss in zip(shares, losses, strict=True))
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=loss / math.log(2) / (num_bytes / num_tokens),
+        tokens=int(total[:, 1].sum().item()),
+        load=meter.read(group) if meter is not None else None,
+        by_source={each.name: loss for each, loss in zip(shares, losses, strict=True)} if len(shares) > 1 else {},
+    )
+
+
+def _summed(
+    gpt: GPT,
+    batches: Iterable[HeldOutBatch],
+    *,
+    packing: Packing,
+    meter: LoadMeter | None,
+    device: torch.device,
+    on_batch: Callable[[], None],
+) -> Tensor:
+    """Nats and how many tokens they are of, [2]."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         # rows of padding keep the number of batches even between ranks; a pass with one row does that as well, and
         # what is not text must not be counted as load
-        real = max(1, int((batch.targets != NOT_COUNTED).any(axis=1).sum()))
-        is_text = bool((batch.targets[0] != NOT_COUNTED).any())
-        tokens, targets = (torch.from_numpy(each[:real]).to(device) for each in (batch.tokens, batch.targets))
-        summed, loads = negative_log_likelihood(gpt, tokens, targets)
-        total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
-        if meter is not None and is_text:
+        real = max(1, batch.rows)
+        rows = HeldOutBatch(tokens=batch.tokens[:real], targets=batch.targets[:real], rows=batch.rows)
+        given = held_out_micro_batch(rows, packing=packing, device=device)
+        summed, loads = negative_log_likelihood(gpt, given)
+        total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
+        if meter is not None and batch.rows:
             for layer, load in enumerate(loads):
                 meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
-                          tokens=tokens.numel(), balance=load.balance, z=load.z)  # fmt: skip
+                          tokens=given.token_BS.numel(), balance=load.balance, z=load.z)  # fmt: skip
         on_batch()
-    gpt.train(was_training)
-    dist.all_reduce(total, group=group)
-    summed_nats, count = total.tolist()
-    loss = summed_nats / count
-    return Evaluation(
-        loss=loss,
-        bits_per_byte=loss / math.log(2) / bytes_per_token,
-        tokens=int(count),
-        load=meter.read(group) if meter is not None else None,
-    )
+    return total
 
 
 class Evaluator:
@@ -96,26 +134,29 @@ class Evaluator:
 
     Args:
         gpt: the model.
-        held_out: the text.
+        held_out: the text of each source, by its name.
         sequence_length: tokens per sequence.
         micro_batch: sequences per forward pass on one rank.
-        max_sequences: how many are some; None: all.
+        max_sequences: how many of each source are some; None: all.
         meter: counts the expert load; None for a dense model.
+        packing: as ``evaluate``.
         groups: this rank's.
     """
 
     def __init__(
         self,
         gpt: GPT,
-        held_out: TokenFile,
+        held_out: dict[str, HeldOutText],
         *,
         sequence_length: int,
         micro_batch: int,
+        packing: Packing,
         max_sequences: int | None,
         meter: LoadMeter | None,
         groups: Groups,
     ) -> None:
         self._gpt, self._held_out, self._meter, self._groups = gpt, held_out, meter, groups
+        self._packing = packing
         self._length, self._micro_batch, self._max_sequences = sequence_length, micro_batch, max_sequences
 
     def some_of_it(self) -> Evaluation:
@@ -124,25 +165,33 @@ class Evaluator:
 
     def all_of_it(self) -> Evaluation:
         """On all held-out text, with a progress bar."""
-        topology = self._groups.topology
-        batches = -(-(self._held_out.num_tokens - 1) // (self._length * self._micro_batch * topology.world_size))
-        with WorkBar("evaluate", total=batches, unit="batches", shown=topology.rank == 0) as bar:
+        in_a_batch = self._length * self._micro_batch * self._groups.topology.world_size
+        batches = sum(-(-(each.num_tokens - 1) // in_a_batch) for each in self._held_out.values())
+        with WorkBar("evaluate", total=batches, unit="batches", shown=self._groups.topology.rank == 0) as bar:
             done = itertools.count(1)
             return self._evaluate(None, on_batch=lambda: bar.advance_to(next(done)))
 
     def _evaluate(self, max_sequences: int | None, *, on_batch: Callable[[], None]) -> Evaluation:
-        batches = held_out_batches(
-            self._held_out.tokens,
-            sequence_length=self._length,
-            rank=self._groups.topology.rank,
-            world_size=self._groups.topology.world_size,
-            micro_batch=self._micro_batch,
-            max_sequences=max_sequences,
-        )
+        shares = [
+            HeldOutShare(
+                name=name,
+                batches=held_out_batches(
+                    text,
+                    sequence_length=self._length,
+                    rank=self._groups.topology.rank,
+                    world_size=self._groups.topology.world_size,
+                    micro_batch=self._micro_batch,
+                    max_sequences=max_sequences,
+                ),
+                num_tokens=text.num_tokens,
+                num_bytes=text.num_bytes,
+            )
+            for name, text in self._held_out.items()
+        ]
         return evaluate(
             self._gpt,
-            batches,
-            bytes_per_token=self._held_out.num_bytes / self._held_out.num_tokens,
+            shares,
+            packing=self._packing,
             meter=self._meter,
             device=self._groups.device,
             group=self._groups.world,
@@ -155,6 +204,7 @@ def certify(
     gpt: GPT,
     probe: Iterable[HeldOutBatch],
     *,
+    packing: Packing,
     next_batch: str,
     next_seed: int,
     device: torch.device,
@@ -175,9 +225,9 @@ def certify(
     gpt.eval()
     total, counts = torch.zeros(2, dtype=torch.float64, device=device), None
     for batch in probe:
-        tokens, targets = (torch.from_numpy(each).to(device) for each in (batch.tokens, batch.targets))
-        summed, loads = negative_log_likelihood(gpt, tokens, targets)
-        total += torch.stack([summed.double(), (targets != NOT_COUNTED).sum().double()])
+        given = held_out_micro_batch(batch, packing=packing, device=device)
+        summed, loads = negative_log_likelihood(gpt, given)
+        total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
         if loads:
             now = torch.stack([load.count_E for load in loads])
             counts = now if counts is None else counts + now
@@ -188,7 +238,7 @@ def certify(
     return Certificate(
         next_batch=next_batch,
         generator=hashlib.sha256(state.numpy().tobytes()).hexdigest(),
-        probe_loss=summed_nats / count,
+        probe_loss=summed_nats / max(1.0, count),
         probe_counts=[] if counts is None else counts.tolist(),
         taken_on=layout
         | {
@@ -200,11 +250,19 @@ def certify(
     )
 
 
-def probe_batches(held_out: TokenFile, *, sequence_length: int) -> Iterator[HeldOutBatch]:
-    """The probe of a run: a few held-out sequences, one to a batch, so that they fit wherever training does."""
-    return held_out_batches(
-        held_out.tokens, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
-        max_sequences=PROBE_SEQUENCES,
+def probe_batches(held_out: Iterable[HeldOutText], *, sequence_length: int) -> Iterator[HeldOutBatch]:
+    """The probe of a run: a few held-out sequences, one to a batch, so that they fit wherever training does.
+
+    Args:
+        held_out: the text of each source; they share the sequences, one at least for each of the first ones.
+    """
+    texts = list(held_out)[:PROBE_SEQUENCES]
+    return itertools.chain.from_iterable(
+        held_out_batches(
+            text, sequence_length=sequence_length, rank=0, world_size=1, micro_batch=1,
+            max_sequences=PROBE_SEQUENCES // len(texts),
+        )
+        for text in texts
     )  # fmt: skip
 
 

@@ -175,6 +175,7 @@ class EvaluateHook:
         self._bar.say(
             f"step {state.step:>6,}   held-out loss {found.loss:.4f}   perplexity {found.perplexity:,.1f}   "
             f"bits per byte {found.bits_per_byte:.4f}"
+            + "".join(f"   {name} {loss:.4f}" for name, loss in found.by_source.items())
         )
 
 
@@ -188,6 +189,8 @@ def evaluation_fields(found: Evaluation, *, state: TrainState) -> dict[str, Any]
         "bits_per_byte": found.bits_per_byte,
         "held_out_tokens": found.tokens,
     }
+    if found.by_source:
+        line["held_out_loss_by_source"] = found.by_source
     if found.load is not None:
         line["held_out_load"] = found.load.share
         line["held_out_max_over_mean"] = found.load.max_over_mean

@@ -10,9 +10,8 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from moetrain.model.objective import Losses
+from moetrain.model.objective import Losses, MicroBatch
 from moetrain.parallel.seeds import derive_seed
 from moetrain.train.schedule import Schedule
 
@@ -40,7 +39,7 @@ class StepResult:
 class Trainable(Protocol):
     """What the loop needs of an engine."""
 
-    def forward_backward(self, token_BS: Tensor, target_BS: Tensor) -> Losses: ...
+    def forward_backward(self, batch: MicroBatch) -> Losses: ...
 
     def step(self, lr: float) -> float: ...
 
@@ -58,7 +57,7 @@ class Plan:
     Attributes:
         steps: length of the run.
         schedule: the learning rate.
-        batch: step -> this rank's (tokens, targets), one pair of [B, S] for each micro-batch.
+        batch: step -> this rank's micro-batches.
         tokens_per_step: over all ranks.
         seed: with the step and the rank, the state of the random generators.
         hooks: in the order they run.
@@ -67,7 +66,7 @@ class Plan:
 
     steps: int
     schedule: Schedule
-    batch: Callable[[int], Sequence[tuple[Tensor, Tensor]]]
+    batch: Callable[[int], Sequence[MicroBatch]]
     tokens_per_step: int
     seed: int
     hooks: Sequence[Hook]
@@ -112,14 +111,14 @@ def train(engine: Trainable, *, plan: Plan, state: TrainState, rank: int) -> Non
     while state.step < plan.steps:
         # generators are a pure function of the step: a resumed run needs no saved state to draw the same numbers
         torch.manual_seed(step_seed(plan.seed, state.step, rank=rank))
-        batch = plan.batch(state.step)
-        losses = [engine.forward_backward(tokens, targets) for tokens, targets in batch]
+        micro_batches = plan.batch(state.step)
+        losses = [engine.forward_backward(micro_batch) for micro_batch in micro_batches]
         lr = plan.schedule.at(state.step)
         grad_norm = engine.step(lr)
         state.step += 1
         state.tokens += plan.tokens_per_step
         result = StepResult(
-            micro_batches=losses, tokens_per_micro_batch=batch[0][0].numel(), grad_norm=grad_norm, lr=lr
+            micro_batches=losses, tokens_per_micro_batch=micro_batches[0].token_BS.numel(), grad_norm=grad_norm, lr=lr
         )
         for hook in plan.hooks:
             hook.after_step(state, result)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,11 +14,14 @@ from moetrain.config.checks import in_steps, steps_in_run
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.routers import loss_weights
 from moetrain.config.schema import RunConfig
+from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch
+from moetrain.data.packing import Packing
 from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.speed import Speed, peak_flops
 from moetrain.model.build import build_model, expert_table, initialize
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel.groups import Groups
+from moetrain.parallel.topology import Topology
 from moetrain.plan.flops import flops_per_token
 from moetrain.train.engine import Engine
 from moetrain.train.schedule import Schedule
@@ -79,6 +84,56 @@ def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Cal
         "weight_decay": run.optim.weight_decay,
     }
     return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
+
+
+def micro_batches(
+    batches: Batches, step: int, *, packing: Packing, topology: Topology, micro_batch: int, device: torch.device
+) -> list[MicroBatch]:
+    """What the model takes on this rank at a step.
+
+    Args:
+        packing: what documents in one row see of each other.
+        micro_batch: rows of each.
+    """
+    rows = batches.rank_slice(step, rank=topology.rank, world_size=topology.world_size, micro_batch=micro_batch)
+    per_row = batches.counted_per_row(step)
+    tokens, targets = rows.tokens[..., :-1], rows.tokens[..., 1:]
+    if rows.counted is not None:
+        targets = np.where(rows.counted[..., 1:], targets, NOT_COUNTED)
+    return [
+        _on_device(*each, packing=packing, device=device, counted=None if per_row is None else per_row * micro_batch)
+        for each in zip(tokens, targets, strict=True)
+    ]
+
+
+def held_out_micro_batch(batch: HeldOutBatch, *, packing: Packing, device: torch.device) -> MicroBatch:
+    """The same of held-out text."""
+    return _on_device(batch.tokens, batch.targets, packing=packing, device=device)
+
+
+def _on_device(
+    tokens: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    *,
+    packing: Packing,
+    device: torch.device,
+    counted: float | None = None,
+) -> MicroBatch:
+    def sent(array: npt.NDArray[np.int64] | None) -> Tensor | None:
+        if array is None:
+            return None
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    token_BS, target_BS = sent(tokens), sent(targets)
+    assert token_BS is not None
+    assert target_BS is not None
+    return MicroBatch(
+        token_BS=token_BS,
+        target_BS=target_BS,
+        document_BS=sent(packing.documents(tokens)),
+        position_BS=sent(packing.positions(tokens)),
+        counted=counted,
+    )
 
 
 def make_meter(run: RunConfig, device: torch.device, *, dead_after: int = 1) -> LoadMeter | None:

@@ -18,7 +18,6 @@ if __name__ == "__main__":
     die_with_parent()
 
 import torch
-from torch import Tensor
 
 from moetrain.checkpoint import resume, store
 from moetrain.checkpoint import state as checkpoint_state
@@ -27,11 +26,13 @@ from moetrain.checkpoint.remote import Remote
 from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
-from moetrain.data.corpus import Prepared, open_prepared
+from moetrain.data.build import Corpus, make_batches, open_corpus
 from moetrain.data.loader import Batches
+from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.log import MetricsLog, open_wandb
+from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
@@ -39,7 +40,7 @@ from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
-from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed
+from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ class Parts:
     run_dir: Path
     groups: Groups
     sizes: Sizes
-    prepared: Prepared
+    corpus: Corpus
+    batches: Batches
+    packing: Packing
     engine: Engine
 
     @property
@@ -73,14 +76,23 @@ def run_rank(run_dir: Path) -> bool:
     )
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
-    prepared = open_prepared(Path(str(run.data.prepared)))
+    corpus = open_corpus(run.data)
     engine = build_engine(
         run,
         groups=groups,
         sizes=sizes,
-        frequency=lambda: torch.from_numpy(prepared.train.frequencies(run.model.vocab_size)),
+        frequency=lambda: torch.from_numpy(corpus.frequencies(run.model.vocab_size)),
     )
-    parts = Parts(run=run, run_dir=run_dir, groups=groups, sizes=sizes, prepared=prepared, engine=engine)
+    parts = Parts(
+        run=run,
+        run_dir=run_dir,
+        groups=groups,
+        sizes=sizes,
+        corpus=corpus,
+        batches=make_batches(run, corpus),
+        packing=corpus.packing(run.data),
+        engine=engine,
+    )
     state, resumed_from = _restore(parts)
 
     if parts.is_first:
@@ -201,7 +213,7 @@ def _restore(parts: Parts) -> tuple[TrainState, str]:
 
     run, control = parts.run, parts.groups.control
     root = parts.run_dir / "checkpoints"
-    found = resume.find(root, run=run, data=parts.prepared.digests(), group=control, warn=warn)
+    found = resume.find(root, run=run, data=parts.corpus.digests(), group=control, warn=warn)
     if found is None:
         return TrainState(), ""
     directory, manifest = found
@@ -221,7 +233,7 @@ def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -
         world_size=topology.world_size,
         expert_parallel=topology.expert_parallel,
         run=to_dict(parts.run),
-        data=parts.prepared.digests(),
+        data=parts.corpus.digests(),
         files=[],
         held_out_loss=held_out_loss,
         certificate=_certificate(parts, step=state.step),
@@ -232,9 +244,10 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     run = parts.run
     return certify(
         parts.engine.gpt,
-        probe_batches(parts.prepared.held_out, sequence_length=parts.sizes.sequence_length),
+        probe_batches(parts.corpus.held_out().values(), sequence_length=parts.sizes.sequence_length),
+        packing=parts.packing,
         # the first rank vouches for the whole global batch; the others need not read it
-        next_batch=_batches(parts).fingerprint(step) if parts.is_first else "",
+        next_batch=parts.batches.fingerprint(step) if parts.is_first else "",
         next_seed=step_seed(run.seed, step, rank=0),
         device=parts.groups.device,
         layout={
@@ -246,34 +259,24 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     )
 
 
-def _batches(parts: Parts) -> Batches:
-    return Batches(
-        parts.prepared.train.tokens,
-        sequence_length=parts.sizes.sequence_length,
-        global_batch=parts.run.batch.global_batch,
-        seed=parts.run.seed,
+def _batch_reader(parts: Parts) -> Callable[[int], Sequence[MicroBatch]]:
+    return lambda step: micro_batches(
+        parts.batches,
+        step,
+        packing=parts.packing,
+        topology=parts.groups.topology,
+        micro_batch=parts.sizes.micro_batch,
+        device=parts.groups.device,
     )
-
-
-def _batch_reader(parts: Parts) -> Callable[[int], Sequence[tuple[Tensor, Tensor]]]:
-    topology, batches = parts.groups.topology, _batches(parts)
-
-    def at(step: int) -> Sequence[tuple[Tensor, Tensor]]:
-        rows = batches.rank_slice(
-            step, rank=topology.rank, world_size=topology.world_size, micro_batch=parts.sizes.micro_batch
-        )
-        on_device = torch.from_numpy(rows).to(parts.groups.device, non_blocking=True)
-        return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in on_device]
-
-    return at
 
 
 def _evaluator(parts: Parts) -> Evaluator:
     return Evaluator(
         parts.engine.gpt,
-        parts.prepared.held_out,
+        parts.corpus.held_out(),
         sequence_length=parts.sizes.sequence_length,
         micro_batch=parts.sizes.micro_batch,
+        packing=parts.packing,
         max_sequences=parts.run.evaluate.max_sequences,
         meter=make_meter(parts.run, parts.groups.device),
         groups=parts.groups,

@@ -28,8 +28,9 @@ from torch import Tensor
 from moetrain.checkpoint.state import Fragment
 from moetrain.config.checks import steps_in_run
 from moetrain.config.schema import RunConfig
-from moetrain.data.loader import Batches
+from moetrain.data.loader import Batches, Sequences
 from moetrain.errors import MoetrainError
+from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.seeds import derive_seed
@@ -37,9 +38,9 @@ from moetrain.parallel.topology import Topology
 from moetrain.train.engine import Engine
 from moetrain.train.loop import Plan, StepResult, TrainState, train
 from moetrain.train.schedule import Schedule
-from moetrain.train.setup import Sizes, build_engine
+from moetrain.train.setup import Sizes, build_engine, micro_batches
 from moetrain.verify.compare import Reference, compare
-from moetrain.verify.reference import AuxLosses, StepTrace, Trace, Whole, build, train_plainly
+from moetrain.verify.reference import AuxLosses, StepTrace, Trace, Whole, build, packing_of, train_plainly
 from moetrain.verify.shrink import TOKENS, Split, lay_out, split_of
 from moetrain.verify.spec import add_result, read_spec
 
@@ -82,7 +83,9 @@ class _Data:
         draws = np.random.default_rng(derive_seed(run.seed, "verify")).random(TOKENS) ** 2
         tokens = (draws * vocab).astype(np.uint16)
         return _Data(
-            batches=Batches(tokens, sequence_length=length, global_batch=run.batch.global_batch, seed=run.seed),
+            batches=Batches(
+                [Sequences(tokens, sequence_length=length, seed=run.seed)], global_batch=run.batch.global_batch
+            ),
             frequency_V=torch.from_numpy(np.bincount(tokens, minlength=vocab)),
         )
 
@@ -98,10 +101,9 @@ def _train(run: RunConfig, *, groups: Groups, data: _Data) -> Trace | None:
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     engine = build_engine(run, groups=groups, sizes=sizes, frequency=lambda: data.frequency_V)
 
-    def batch(step: int) -> list[tuple[Tensor, Tensor]]:
-        rows = data.batches.rank_slice(step, rank=groups.topology.rank, world_size=groups.topology.world_size,
-                                       micro_batch=sizes.micro_batch)  # fmt: skip
-        return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in torch.from_numpy(rows)]
+    def batch(step: int) -> list[MicroBatch]:
+        return micro_batches(data.batches, step, packing=packing_of(run), topology=groups.topology,
+                             micro_batch=sizes.micro_batch, device=groups.device)  # fmt: skip
 
     plan = Plan(
         steps=_steps(run),

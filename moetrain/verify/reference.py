@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from moetrain.config.routers import loss_weights
 from moetrain.config.schema import OptimConfig, RunConfig
 from moetrain.data.loader import Batches
+from moetrain.data.packing import Packing
 from moetrain.model.build import build_model, expert_table, initialize
 from moetrain.model.gpt import GPT
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.moe.layer import MoELayer, MoEOutput
 from moetrain.parallel.seeds import derive_seed
 from moetrain.verify.shrink import Split
@@ -143,7 +146,9 @@ def train_plainly(plain: Plain, run: RunConfig, *, batches: Batches, split: Spli
     with AuxLosses(plain.gpt) as aux:
         for step in range(steps):
             seeds = [derive_seed(run.seed, step, rank) for rank in range(split.ranks)]
-            language = _add_up_gradients(plain, torch.from_numpy(batches.at(step)), split=split, seeds=seeds)
+            language = _add_up_gradients(
+                plain, batches.at(step).tokens, packing=packing_of(run), split=split, seeds=seeds
+            )
             if step == 0:
                 gradient = {name: _gradient(master).clone().flatten() for name, master in masters.items()}
             norm = nn.utils.clip_grad_norm_(masters.values(), run.optim.clip or float("inf")).item()
@@ -158,16 +163,24 @@ def train_plainly(plain: Plain, run: RunConfig, *, batches: Batches, split: Spli
     return Trace(steps=traces, gradient=Whole(tensors=gradient), after=after)
 
 
-def _add_up_gradients(plain: Plain, rows_BS: Tensor, *, split: Split, seeds: list[int]) -> float:
+def packing_of(run: RunConfig) -> Packing:
+    """What documents see of each other; the random text has one wherever its commonest token is."""
+    data = run.data
+    return Packing(end_of_text=0, mask_documents=data.mask_documents, reset_positions=data.reset_positions)
+
+
+def _add_up_gradients(
+    plain: Plain, rows: npt.NDArray[np.int64], *, packing: Packing, split: Split, seeds: list[int]
+) -> float:
     """Forward and backward of a global batch; returns the mean language loss."""
     passes = split.accumulation * split.ranks
     # row i belongs to micro-batch i // (ranks x M), and there to rank i // M % ranks (``Batches.rank_slice``)
-    micro_batches = rows_BS.view(split.accumulation, split.ranks, -1, rows_BS.shape[1])
+    micro_batches = rows.reshape(split.accumulation, split.ranks, -1, rows.shape[1])
     language, counts = 0.0, []
     for rank, seed in enumerate(seeds):
         torch.manual_seed(seed)
         for micro in micro_batches[:, rank]:
-            losses = plain.objective(micro[:, :-1].contiguous(), micro[:, 1:].contiguous())
+            losses = plain.objective(_given(micro, packing=packing))
             (losses.total / passes).backward()
             language += losses.language.item() / passes
             if losses.load:
@@ -179,6 +192,17 @@ def _add_up_gradients(plain: Plain, rows_BS: Tensor, *, split: Split, seeds: lis
     if counts:
         plain.gpt.after_step(torch.stack(counts).sum(0))
     return language
+
+
+def _given(rows: npt.NDArray[np.int64], *, packing: Packing) -> MicroBatch:
+    documents, positions = packing.documents(rows[:, :-1]), packing.positions(rows[:, :-1])
+    whole = torch.from_numpy(rows)
+    return MicroBatch(
+        token_BS=whole[:, :-1].contiguous(),
+        target_BS=whole[:, 1:].contiguous(),
+        document_BS=None if documents is None else torch.from_numpy(documents),
+        position_BS=None if positions is None else torch.from_numpy(positions),
+    )
 
 
 def _gradient(master: nn.Parameter) -> Tensor:

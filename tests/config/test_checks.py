@@ -331,7 +331,8 @@ def test_the_rules_name_settings_that_are(names):
 def test_every_number_has_a_rule():
     """A new setting is not forgotten here."""
     in_a_range = {"optim.beta1", "optim.beta2", "data.held_out", "schedule.min_lr_ratio", "parallel.zero_stage",
-                  "model.moe.dropout", "model.moe.jitter"}  # fmt: skip
+                  "model.moe.dropout", "model.moe.jitter",
+                  "data.fill_in_middle", "data.fill_in_middle_spm"}  # fmt: skip
     settings = [RunConfig(), *(resolved(fitting(router)) for router in ROUTERS)]
     numbers = {name for run in settings for name, value in flatten(to_dict(run)).items() if type(value) in (int, float)}
     assert numbers <= set(POSITIVE) | set(NOT_NEGATIVE) | in_a_range

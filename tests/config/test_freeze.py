@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetrain.config import schema
+from moetrain.config import data, schema
 from moetrain.config.freeze import (
     RUN_FILE,
     flatten,
     freeze,
     freeze_section,
+    is_setting,
     read_run,
     setting_names,
     suggest,
@@ -34,7 +35,6 @@ VALUES = {
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
     str: st.text(),
-    list[str]: st.lists(st.text()),
     type(None): st.none(),
 }
 
@@ -46,7 +46,12 @@ def instances(section: type) -> st.SearchStrategy[Any]:
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
-    options = typing.get_args(hint) if typing.get_origin(hint) is not list else ()
+    kind, inside = typing.get_origin(hint), typing.get_args(hint)
+    if kind is list:
+        return st.lists(values(inside[0]), max_size=3)
+    if kind is dict:
+        return st.dictionaries(st.text(), values(inside[1]), max_size=3)
+    options = inside
     if options:
         return st.one_of([values(option) for option in options])
     return instances(hint) if dataclasses.is_dataclass(hint) else VALUES[hint]
@@ -204,13 +209,13 @@ def test_a_run_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 @given(RUNS)
 def test_flat_names_are_those_of_the_settings(run):
     flat = flatten(to_dict(run))
-    assert set(flat) <= setting_names()
+    assert all(is_setting(name) for name in flat)
     assert flat["optim.lr"] == run.optim.lr
 
 
 def test_every_setting_has_a_line_of_meaning_below_it():
-    tree = ast.parse(Path(inspect.getfile(schema)).read_text())
-    sections = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    trees = [ast.parse(Path(inspect.getfile(module)).read_text()) for module in (schema, data)]
+    sections = {node.name: node.body for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     checked = 0
     for name, body in sections.items():
         for statement, below in zip(body, [*body[1:], None], strict=True):
@@ -218,7 +223,7 @@ def test_every_setting_has_a_line_of_meaning_below_it():
                 explained = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                 assert explained, f"{name}.{ast.unparse(statement.target)}"
                 checked += 1
-    classes = [value for value in vars(schema).values() if dataclasses.is_dataclass(value)]
+    classes = {value for each in (schema, data) for value in vars(each).values() if dataclasses.is_dataclass(value)}
     fields = [each for section in classes for each in dataclasses.fields(section)]
     sub_sections = [each for each in fields if each.type in sections]
     assert checked == len(fields) - len(sub_sections), "and none was overlooked"

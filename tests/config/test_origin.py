@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.config import origin
-from moetrain.config.origin import ORIGIN_FILE, write_origin
+from moetrain.config import identity
+from moetrain.config.identity import ORIGIN_FILE, write_origin
 from moetrain.errors import ConfigError
 
 
@@ -30,9 +30,9 @@ def checkout(tmp_path, monkeypatch) -> Path:
     package = tmp_path / "checkout" / "package"
     (package / "config").mkdir(parents=True)
     (package / "__init__.py").write_text("1\n")
-    shutil.copy(origin.__file__, package / "config" / "origin.py")
+    shutil.copy(identity.__file__, package / "config" / "identity.py")
     git(package.parent, "init", "--quiet")
-    monkeypatch.setattr(origin, "__file__", str(package / "config" / "origin.py"))
+    monkeypatch.setattr(identity, "__file__", str(package / "config" / "identity.py"))
     return package
 
 
@@ -48,7 +48,7 @@ def test_each_start_is_added_to_the_history(tmp_path):
 
 
 def test_versions_are_those_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(origin, "_PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr(identity, "_PACKAGES", ("numpy", "no-such-package"))
     write_origin(tmp_path, command=[], data={})
     import numpy
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch, held_out_batches, permute
+from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch, HeldOutText, Sequences, held_out_batches, permute
 from moetrain.errors import ConfigError, DataError
 
 # Each token tells its place, so that a batch tells where it was cut.
@@ -18,7 +18,7 @@ TOKENS = np.arange(1000, dtype="<u2")
 
 
 def batches(*, tokens: Any = TOKENS, sequence_length: int = 7, global_batch: int = 8, seed: int = 3) -> Batches:
-    return Batches(tokens, sequence_length=sequence_length, global_batch=global_batch, seed=seed)
+    return Batches([Sequences(tokens, sequence_length=sequence_length, seed=seed)], global_batch=global_batch)
 
 
 @settings(deadline=None, max_examples=50)
@@ -56,8 +56,7 @@ def test_every_order_of_four_comes_about_equally_often():
 def test_each_sequence_comes_once_an_epoch_and_holds_a_run_of_tokens(num_tokens, sequence_length, global_batch, seed):
     loader = batches(tokens=TOKENS[:num_tokens], sequence_length=sequence_length, global_batch=global_batch, seed=seed)
     n = len(range(0, num_tokens - sequence_length, sequence_length))
-    assert loader.sequences_per_epoch == n
-    rows = np.concatenate([loader.at(step) for step in range(-(-3 * n // global_batch))])
+    rows = np.concatenate([loader.at(step).tokens for step in range(-(-3 * n // global_batch))])
     assert rows.dtype == np.int64
     expected = {
         tuple(range(start, start + sequence_length + 1))
@@ -70,17 +69,17 @@ def test_each_sequence_comes_once_an_epoch_and_holds_a_run_of_tokens(num_tokens,
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    whole = {"global_batch": batches().sequences_per_epoch}
-    orders = [batches(seed=seed, **whole).at(epoch)[:, 0].tolist() for seed in (3, 4) for epoch in (0, 1)]
+    whole = {"global_batch": 142}
+    orders = [batches(seed=seed, **whole).at(epoch).tokens[:, 0].tolist() for seed in (3, 4) for epoch in (0, 1)]
     orders.append(sorted(orders[0]))
     assert all(left != right for i, left in enumerate(orders) for right in orders[:i])
 
 
 def test_a_batch_depends_on_its_step_alone():
-    forward = [batches().at(step) for step in range(20)]
+    forward = [batches().at(step).tokens for step in range(20)]
     one = batches()
     for step in (19, 3, 19, 0, 7):
-        np.testing.assert_array_equal(one.at(step), forward[step])
+        np.testing.assert_array_equal(one.at(step).tokens, forward[step])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -90,12 +89,12 @@ def test_every_layout_reads_the_same_batch_in_the_same_order(world_size, accumul
     micro_batch = 16 // (world_size * accumulation)
     for step in (0, 5, 8):  # step 8 reaches over the end of the first epoch, 142 sequences
         slices = [
-            loader.rank_slice(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
+            loader.rank_slice(step, rank=rank, world_size=world_size, micro_batch=micro_batch).tokens
             for rank in range(world_size)
         ]
         assert all(piece.shape == (accumulation, micro_batch, 8) for piece in slices)
         rows = [piece[micro, row] for micro in range(accumulation) for piece in slices for row in range(micro_batch)]
-        np.testing.assert_array_equal(np.stack(rows), loader.at(step))
+        np.testing.assert_array_equal(np.stack(rows), loader.at(step).tokens)
 
 
 def test_a_rank_reads_its_own_rows_and_no_others():
@@ -109,7 +108,7 @@ def test_a_rank_reads_its_own_rows_and_no_others():
             read.append(where.start)
             return TOKENS[where]
 
-    piece = batches(tokens=Recorder()).rank_slice(2, rank=1, world_size=2, micro_batch=2)
+    piece = batches(tokens=Recorder()).rank_slice(2, rank=1, world_size=2, micro_batch=2).tokens
     assert read == piece[:, :, 0].reshape(-1).tolist()
     assert len(read) == 4
 
@@ -120,22 +119,27 @@ def test_a_global_batch_that_does_not_divide_is_refused():
 
 
 def test_a_text_too_short_for_one_sequence_is_refused():
-    assert batches(tokens=TOKENS[:8], global_batch=1).at(0).tolist() == [list(range(8))]
+    assert batches(tokens=TOKENS[:8], global_batch=1).at(0).tokens.tolist() == [list(range(8))]
     with pytest.raises(DataError, match="has 7 tokens, but one sequence takes 8"):
         batches(tokens=TOKENS[:7])
 
 
 def test_the_fingerprint_is_the_sha256_of_the_batch():
-    numbers = [number for row in batches().at(4).tolist() for number in row]
+    numbers = [number for row in batches().at(4).tokens.tolist() for number in row]
     plain = hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in numbers)).hexdigest()
     assert batches().fingerprint(4) == plain
 
 
 def held_out(num_tokens: int, *, world_size: int, max_sequences: int | None = None, **sizes: int) -> list[list[Any]]:
+    text = HeldOutText(TOKENS[:num_tokens] + 1, num_bytes=0)
     return [
         list(
             held_out_batches(
-                TOKENS[:num_tokens] + 1, rank=rank, world_size=world_size, max_sequences=max_sequences, **sizes
+                text,
+                rank=rank,
+                world_size=world_size,
+                max_sequences=max_sequences,
+                **sizes,
             )
         )
         for rank in range(world_size)

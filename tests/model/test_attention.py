@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moetrain.model.attention import Attention, Rotation, rotate, rotation
 
-CPU = torch.device("cpu")
 D_MODEL, D_HEAD = 12, 6
 
 
@@ -30,7 +29,7 @@ def test_rotation_turns_each_pair_like_a_complex_number() -> None:
     """RoFormer, equation 13: position p multiplies pair i by exp(i p theta^(-2i/d))."""
     length, d_head, theta = 40, 8, 100.0
     x = normal(3, length, d_head)
-    turned = rotate(x, rotation(length, d_head=d_head, theta=theta, device=CPU))
+    turned = rotate(x, rotation(torch.arange(length), d_head=d_head, theta=theta))
     for position in range(length):
         for pair in range(d_head // 2):
             by = complex(0, position * theta ** (-2 * pair / d_head))
@@ -44,7 +43,7 @@ def test_rotation_turns_each_pair_like_a_complex_number() -> None:
 
 def test_scores_depend_on_the_distance_of_positions_alone() -> None:
     length = 64
-    turn = rotation(length, d_head=D_HEAD, theta=10_000.0, device=CPU)
+    turn = rotation(torch.arange(length), d_head=D_HEAD, theta=10_000.0)
     q = rotate(normal(D_HEAD).expand(length, D_HEAD), turn)
     k = rotate(normal(D_HEAD, seed=1).expand(length, D_HEAD), turn)
     scores = q @ k.T
@@ -55,7 +54,7 @@ def test_scores_depend_on_the_distance_of_positions_alone() -> None:
 
 
 def test_angles_tell_neighbouring_positions_apart_in_a_bf16_model() -> None:
-    turn = rotation(300, d_head=D_HEAD, theta=10_000.0, device=CPU)
+    turn = rotation(torch.arange(300), d_head=D_HEAD, theta=10_000.0)
     assert turn.cos.dtype == turn.sin.dtype == torch.float32
     turned = rotate(torch.ones(300, D_HEAD, dtype=torch.bfloat16), turn)
     assert turned.dtype == torch.bfloat16
@@ -95,7 +94,7 @@ def test_attention_is_a_loop_over_heads_and_positions(
 ) -> None:
     """Values and gradients; heads need not fill d_model."""
     attention = make_attention(num_heads=num_heads, num_kv_heads=num_kv_heads, bias=bias)
-    turn = rotation(5, d_head=D_HEAD, theta=100.0, device=CPU) if rope else None
+    turn = rotation(torch.arange(5), d_head=D_HEAD, theta=100.0) if rope else None
     x_BSD, upstream = normal(2, 5, D_MODEL), normal(2, 5, D_MODEL, seed=1)
     parameters = list(attention.parameters())
 
@@ -110,7 +109,7 @@ def test_attention_is_a_loop_over_heads_and_positions(
 
 def test_attention_is_causal() -> None:
     attention, x_BSD = make_attention(num_heads=4, num_kv_heads=2), normal(2, 9, D_MODEL)
-    turn = rotation(9, d_head=D_HEAD, theta=100.0, device=CPU)
+    turn = rotation(torch.arange(9), d_head=D_HEAD, theta=100.0)
     before = attention(x_BSD, turn=turn)
     for changed in (8, 4, 1):
         other = x_BSD.clone()

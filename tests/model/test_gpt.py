@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.build import build_model, initialize
 from moetrain.model.gpt import GPT
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel.groups import make
 from moetrain.parallel.topology import Topology
 
@@ -211,7 +211,8 @@ SPREAD = replace(MIXTRAL, tie_embeddings=True, moe=MoEConfig(num_experts=4, top_
 
 
 def _losses_and_gradients(gpt: GPT, token_BS: Tensor) -> dict[str, Tensor]:
-    losses = Objective(gpt.double(), loss_weights={"balance": 0.5, "z": 0.25})(token_BS[:, :-1], token_BS[:, 1:])
+    batch = MicroBatch(token_BS=token_BS[:, :-1], target_BS=token_BS[:, 1:])
+    losses = Objective(gpt.double(), loss_weights={"balance": 0.5, "z": 0.25})(batch)
     losses.total.backward()
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
     return {"total": losses.total.detach(), "language": losses.language, **gradients}

@@ -11,7 +11,7 @@ from torch import Tensor
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.build import build_model, initialize
 from moetrain.model.gpt import GPT
-from moetrain.model.objective import NOT_COUNTED, Objective, negative_log_likelihood
+from moetrain.model.objective import NOT_COUNTED, MicroBatch, Objective, negative_log_likelihood
 
 VOCAB = 11
 MODEL = ModelConfig(
@@ -53,7 +53,9 @@ def plain_nll(gpt: GPT, token_BS: Tensor, target_BS: Tensor) -> list[float]:
 
 def test_total_is_the_language_loss_and_the_weighted_losses_of_every_layer() -> None:
     gpt, (token_BS, target_BS) = make_gpt(), batch()
-    losses = Objective(gpt, loss_weights={"balance": 0.25, "z": 0.125})(token_BS, target_BS)
+    losses = Objective(gpt, loss_weights={"balance": 0.25, "z": 0.125})(
+        MicroBatch(token_BS=token_BS, target_BS=target_BS)
+    )
     nll = plain_nll(gpt, token_BS, target_BS)
     assert len(nll) == 9
     layers = gpt(token_BS).moe
@@ -71,14 +73,30 @@ def test_a_target_that_is_not_counted_changes_nothing() -> None:
     gpt, (token_BS, target_BS) = make_gpt(), batch()
     one_BS = torch.full_like(target_BS, NOT_COUNTED)
     one_BS[1, 2] = target_BS[1, 2]
-    loss = Objective(gpt, loss_weights={"balance": 0.0, "z": 0.0})(token_BS, one_BS).language
+    loss = Objective(gpt, loss_weights={"balance": 0.0, "z": 0.0})(
+        MicroBatch(token_BS=token_BS, target_BS=one_BS)
+    ).language
     assert loss.item() == pytest.approx(plain_nll(gpt, token_BS, one_BS)[0], rel=1e-5)
+
+
+def test_targets_of_a_step_weigh_the_same_however_they_lie_in_micro_batches() -> None:
+    gpt, (token_BS, target_BS) = make_gpt(), batch()
+    objective = Objective(gpt, loss_weights={"balance": 0.0, "z": 0.0})
+    whole = objective(MicroBatch(token_BS=token_BS, target_BS=target_BS))
+    # 5 counted targets in the first row, 4 in the second
+    rows = [
+        objective(MicroBatch(token_BS=token_BS[row : row + 1], target_BS=target_BS[row : row + 1], counted=9 / 2))
+        for row in (0, 1)
+    ]
+    assert sum(each.total.item() for each in rows) / 2 == pytest.approx(whole.total.item(), rel=1e-6)
+    assert rows[0].language.item() == pytest.approx(sum(plain_nll(gpt, token_BS[:1], target_BS[:1])) / 4.5, rel=1e-6)
 
 
 def test_every_parameter_gets_a_gradient() -> None:
     """The router's losses alone reach the router of the last layer; nothing is left without a gradient."""
     objective = Objective(make_gpt(), loss_weights={"balance": 0.01, "z": 0.001})
-    objective(*batch()).total.backward()
+    token_BS, target_BS = batch()
+    objective(MicroBatch(token_BS=token_BS, target_BS=target_BS)).total.backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -87,7 +105,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_likelihood_is_summed_over_counted_tokens() -> None:
     gpt, (token_BS, target_BS) = make_gpt(), batch()
-    summed, load = negative_log_likelihood(gpt, token_BS, target_BS)
+    summed, load = negative_log_likelihood(gpt, MicroBatch(token_BS=token_BS, target_BS=target_BS))
     assert summed.item() == pytest.approx(sum(plain_nll(gpt, token_BS, target_BS)), rel=1e-5)
     assert [int(each.count_E.sum()) for each in load] == [12 * 2, 12 * 2]
     assert not summed.requires_grad

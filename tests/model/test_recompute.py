@@ -14,7 +14,7 @@ from moetrain.config.routers import ROUTERS, loss_weights, resolve_router
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.build import build_model, initialize
 from moetrain.model.gpt import GPT
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.model.recompute import KINDS, Recompute
 from moetrain.parallel.groups import make
 from moetrain.parallel.topology import Topology
@@ -43,7 +43,7 @@ def run(objective: Objective, rank: int) -> dict[str, Tensor]:
     # an uneven step before, or the balance loss would have no gradient
     objective.gpt.after_step(torch.tensor([[9, 5, 1, 2]]))
     torch.manual_seed(rank)
-    losses = objective(ROWS[rank, :, :-1], ROWS[rank, :, 1:])
+    losses = objective(MicroBatch(token_BS=ROWS[rank, :, :-1], target_BS=ROWS[rank, :, 1:]))
     after = torch.rand(())
     losses.total.backward()
     return {

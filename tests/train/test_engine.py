@@ -20,7 +20,7 @@ from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.errors import TrainingError
 from moetrain.model.build import build_model, initialize
-from moetrain.model.objective import Objective, negative_log_likelihood
+from moetrain.model.objective import MicroBatch, Objective, negative_log_likelihood
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
@@ -43,6 +43,10 @@ def rows(step: int) -> torch.Tensor:
     return torch.randint(0, 128, (ROWS, 17), generator=torch.Generator().manual_seed(step))
 
 
+def micro_batch(rows_BS: torch.Tensor) -> MicroBatch:
+    return MicroBatch(token_BS=rows_BS[:, :-1].contiguous(), target_BS=rows_BS[:, 1:].contiguous())
+
+
 def plain_loop(*, clip: float = CLIP, steps: int = STEPS, model: str = "top_k") -> dict[str, object]:
     """One process, the whole batch at once, torch alone: AdamW, clip_grad_norm_; what routers keep is moved by hand."""
     gpt = build_model(MODELS[model])
@@ -58,7 +62,7 @@ def plain_loop(*, clip: float = CLIP, steps: int = STEPS, model: str = "top_k") 
     layers = {name: module for name, module in gpt.named_modules() if isinstance(module, MoELayer)}
     biases = {name: [0.0] * 4 for name in layers}
     for step in range(steps):
-        loss = objective(rows(step)[:, :-1], rows(step)[:, 1:])
+        loss = objective(micro_batch(rows(step)))
         loss.total.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(gpt.parameters(), clip or float("inf")).item())
         adamw.step()
@@ -123,9 +127,7 @@ def run_steps(
         own = rows(step).view(accumulation, world_size, -1, 17)[:, rank]
         mean = torch.zeros(())
         for micro in own:
-            mean += (
-                engine.forward_backward(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()).language / accumulation
-            )
+            mean += engine.forward_backward(micro_batch(micro)).language / accumulation
         norms.append(engine.step(LR))
         dist.all_reduce(mean)
         losses.append(mean.item() / world_size)
@@ -304,7 +306,7 @@ def held_out_loss(engine: Engine, rank: int) -> float:
     """As the evaluation does it: the model called by itself."""
     own = rows(99).view(dist.get_world_size(), -1, 17)[rank]
     engine.gpt.eval()
-    summed, _ = negative_log_likelihood(engine.gpt, own[:, :-1], own[:, 1:])
+    summed, _ = negative_log_likelihood(engine.gpt, micro_batch(own))
     engine.gpt.train()
     dist.all_reduce(summed)
     return summed.item()
