@@ -233,7 +233,10 @@ def fetch_newest(
 
 
 def missing(remote: Remote, root: Path, retention: store.Retention) -> list[Path]:
-    """The run's checkpoints that belong at the remote place and are not there as they are here, oldest first."""
+    """The run's checkpoints that belong at the remote place and are not there as they are here.
+
+    The newest comes first: where the line is bad, it is the one to have.
+    """
     local = {store.step_of(path): path for path in store.counted(root)}
     there = _counted(remote, root)
     losses: dict[int, float] = {}
@@ -243,7 +246,7 @@ def missing(remote: Remote, root: Path, retention: store.Retention) -> list[Path
     going = store.going_steps(local.keys() | there.keys(), retention, losses=losses)
     return [
         path
-        for step, path in local.items()
+        for step, path in sorted(local.items(), reverse=True)
         if step not in going and not (step in there and _is_copy(remote, there[step], path))
     ]
 

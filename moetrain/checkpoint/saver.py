@@ -143,7 +143,7 @@ class Saver:
             except CheckpointError as error:
                 # here it is whole, and training can go on from it
                 warnings.append(
-                    f"step {manifest.step:,} is saved, but its copy is not; the next save tries again: {error}"
+                    f"step {manifest.step:,} is saved, but not all copies are; the next save tries again: {error}"
                 )
         return Outcome(manifest.step, None, warnings)
 

@@ -19,8 +19,10 @@ from moetrain.errors import CheckpointError, ConfigError
 HELP = {
     "checkpoint": """usage: moetrain checkpoint ls | show | doctor | diff | reshard | prune …
 
-  ls [RUN] [--digests] [--json]         the checkpoints of a run: step, size, age, layout, held-out loss, whole or not
-                                        (by the sizes of the files; --digests reads them all)
+  ls [RUN] [--digests] [--remote] [--json]
+                                        the checkpoints of a run: step, size, age, layout, held-out loss, whole or not
+                                        (by the sizes of the files; --digests reads them all); with --remote, what
+                                        lies at the run's checkpoint.remote too
   show [WHICH] [--tensors] [--json]     what is in one: settings, parameters part by part, files; with --tensors,
                                         every tensor in it
   doctor [WHICH] [--json]               is it whole? a line for each check; it reads every value
@@ -145,15 +147,36 @@ def _ls(wanted: _OfRun, paths: list[Path], flags: set[str]) -> int:
     rows = [listing.entry(each, digests="--digests" in flags) for each in store.whole_checkpoints(_root(run_dir))]
     losses, warning = listing.held_out_losses(run_dir)
     left = store.leftovers(_root(run_dir))
+    copies = _copies(run_dir) if "--remote" in flags else {}
     if "--json" in flags:
         entries = [asdict(row) | {"held_out_loss": losses.get(row.step)} for row in rows]
-        return _print_json({"checkpoints": entries, "leftovers": [str(each) for each in left]})
+        more = {"remote": copies} if "--remote" in flags else {}
+        return _print_json({"checkpoints": entries, "leftovers": [str(each) for each in left]} | more)
     print("\n".join(listing.lines(rows, losses)) if rows else f"{run_dir} has no checkpoint yet")
     for each in left:
         print(f"being written, or left by a crash: {each} ({in_bytes(listing.size_of(each))})")
+    for where, copy in copies.items():
+        state = "copied" if copy["whole"] else "being copied, or left by a crash"
+        print(f"{state}: {where} ({in_bytes(copy['bytes'])})")
+    if "--remote" in flags and not copies:
+        print("checkpoint.remote has no copy yet")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     return 0
+
+
+def _copies(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """URL -> bytes and whether it is whole by its manifest, of what lies at the remote place of a run."""
+    from moetrain.checkpoint.remote import Remote
+    from moetrain.config.freeze import read_run
+
+    url = read_run(run_dir).checkpoint.remote
+    if url is None:
+        raise ConfigError([f"--remote asks for copies, but {run_dir} has no checkpoint.remote"])
+    remote = Remote(url)
+    return {f"{remote.url}/{store.step_directory(Path(), each.step)}":
+            {"step": each.step, "bytes": sum(each.sizes.values()), "whole": each.has_manifest}
+            for each in remote.steps()}  # fmt: skip
 
 
 def _show(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
@@ -328,7 +351,7 @@ def _print_json(content: dict[str, Any]) -> int:
 
 
 _VERBS = {
-    "ls": _Verb(_ls, _OfRun, range(2), ("--digests", "--json")),
+    "ls": _Verb(_ls, _OfRun, range(2), ("--digests", "--remote", "--json")),
     "show": _Verb(_show, _OfOne, range(2), ("--tensors", "--json")),
     "doctor": _Verb(_doctor, _OfOne, range(2), ("--json",)),
     "diff": _Verb(_diff, _OfTwo, range(2, 3), ("--json",)),

@@ -125,6 +125,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(url, tmp_path, damag
     remote, root = Remote(url), tmp_path / "checkpoints"
     for step in (5, 10):
         save(root, step)
+    assert [store.step_of(each) for each in missing(remote, root, KEEP_TWO)] == [10, 5]
     catch_up(remote, root, KEEP_TWO)
     files, path = store_behind(remote)
     place = f"{path}/step_00000010/{'manifest.json' if damage == 'manifest' else '__1_0.distcp'}"
@@ -286,7 +287,7 @@ def test_each_rank_copies_its_own_files_and_one_that_cannot_keeps_all_from_commi
     first, second = ranks(2, _saves, tmp_path / "checkpoints", url)
     assert first == second
     assert [len(warnings) for warnings in first] == [0, 1, 0]
-    assert first[1][0] == (f"step 2 is saved, but its copy is not; the next save tries again: rank 1: {url}/"
+    assert first[1][0] == (f"step 2 is saved, but not all copies are; the next save tries again: rank 1: {url}/"
                            "step_00000002/__1_0.distcp cannot be written: PermissionError: Access Denied")  # fmt: skip
     found, _ = fetch(Remote(url), tmp_path / "elsewhere")
     assert found is not None

@@ -311,3 +311,20 @@ def test_two_intervals_of_one_tensor_on_a_rank_are_a_fault_of_ours(tmp_path):
     twice = [Fragment("a/fp32", torch.zeros(2), offset, 4) for offset in (0, 2)]
     with pytest.raises(AssertionError, match="two intervals of a/fp32"):
         load(tmp_path, twice, group=None)
+
+
+def _load_unpickling_nothing(rank: int, root: Path) -> None:
+    directory = save_layout(rank, root, step=1, layout=[WHOLE])
+    found = fragments(WHOLE, step=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", _not_called)
+        load(directory, found, group=None)
+    assert_loaded(WHOLE, found)
+
+
+def _not_called(*_: Any, **__: Any) -> None:
+    raise AssertionError("torch.load was called")
+
+
+def test_nothing_of_a_tensor_is_unpickled(ranks, tmp_path):
+    ranks(1, _load_unpickling_nothing, tmp_path / "checkpoints")
