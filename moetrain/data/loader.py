@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -202,6 +203,33 @@ class Batches:
             of_it = located.source == source
             counted[of_it] = self.sources[source].read_counted(located.index[of_it])
         return counted
+
+
+Read = TypeVar("Read")
+
+
+class Ahead(Generic[Read]):
+    """Reads for the next step while this one trains.
+
+    In a thread: reading waits for the disk or copies, and neither keeps Python from running. Any step may be asked
+    for; one that was not foreseen is read at once.
+
+    Args:
+        read: what to do for a step, a pure function.
+        steps: of the run; nothing is read beyond.
+    """
+
+    def __init__(self, read: Callable[[int], Read], *, steps: int) -> None:
+        self._read, self._steps = read, steps
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Read]] | None = None
+
+    def __call__(self, step: int) -> Read:
+        foreseen = self._next is not None and self._next[0] == step
+        now = self._next[1].result() if foreseen and self._next is not None else self._read(step)
+        if step + 1 < self._steps:
+            self._next = step + 1, self._pool.submit(self._read, step + 1)
+        return now
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.build import Corpus, make_batches, open_corpus
-from moetrain.data.loader import Batches
+from moetrain.data.loader import Ahead, Batches
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
@@ -260,14 +260,17 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
 
 
 def _batch_reader(parts: Parts) -> Callable[[int], Sequence[MicroBatch]]:
-    return lambda step: micro_batches(
-        parts.batches,
-        step,
-        packing=parts.packing,
-        topology=parts.groups.topology,
-        micro_batch=parts.sizes.micro_batch,
-        device=parts.groups.device,
-    )
+    def read(step: int) -> Sequence[MicroBatch]:
+        return micro_batches(
+            parts.batches,
+            step,
+            packing=parts.packing,
+            topology=parts.groups.topology,
+            micro_batch=parts.sizes.micro_batch,
+            device=parts.groups.device,
+        )
+
+    return Ahead(read, steps=parts.sizes.steps)
 
 
 def _evaluator(parts: Parts) -> Evaluator:

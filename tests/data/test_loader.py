@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch, HeldOutText, Sequences, held_out_batches, permute
+from moetrain.data.loader import (
+    NOT_COUNTED,
+    Ahead,
+    Batches,
+    HeldOutBatch,
+    HeldOutText,
+    Sequences,
+    held_out_batches,
+    permute,
+)
 from moetrain.errors import ConfigError, DataError
 
 # Each token tells its place, so that a batch tells where it was cut.
@@ -128,6 +137,26 @@ def test_the_fingerprint_is_the_sha256_of_the_batch():
     numbers = [number for row in batches().at(4).tokens.tolist() for number in row]
     plain = hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in numbers)).hexdigest()
     assert batches().fingerprint(4) == plain
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=20))
+def test_to_read_ahead_gives_what_is_asked_for_and_reads_no_further_than_the_run(steps):
+    read = []
+    ahead = Ahead(lambda step: read.append(step) or step * step, steps=20)
+    assert [ahead(step) for step in steps] == [step * step for step in steps]
+    assert max(read) <= max(19, *steps)
+
+
+def test_what_goes_wrong_ahead_is_told_when_it_is_asked_for():
+    def fail(step: int) -> int:
+        if step == 1:
+            raise OSError("the disk is gone")
+        return step
+
+    ahead = Ahead(fail, steps=3)
+    assert ahead(0) == 0
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead(1)
 
 
 def held_out(num_tokens: int, *, world_size: int, max_sequences: int | None = None, **sizes: int) -> list[list[Any]]:
