@@ -19,7 +19,7 @@ import yaml
 
 import moetrain
 from moetrain.cli import main as cli
-from moetrain.cli import model
+from moetrain.cli import train
 from moetrain.cli.options import Options, settings
 from moetrain.compose import compose
 from moetrain.config.checks import resolve
@@ -399,7 +399,7 @@ class TestSample:
             asked.update(wanted)
             return [" and", " so on"]
 
-        monkeypatch.setattr(model, "write_on", answer)
+        monkeypatch.setattr(train, "write_on", answer)
         words = ("run_dir=runs/a b", f"prompt={prompt}", "temperature=1e-1", "max_tokens=7", "seed=3")
         done = moetrain_in_process("sample", *words)
         assert (done.returncode, done.stdout) == (0, f"{prompt} and so on\n")
