@@ -67,9 +67,7 @@ def main() -> None:
             ahead(step)
             waits.append(time.perf_counter() - begun)
             time.sleep(0.2)
-        print(
-            f"{'64 of 512 x 2048 tokens, 8 sources of 10^12 each':<62} {statistics.median(waits) * 1e3:>6.2f} ms"
-        )
+        print(f"{'64 of 512 x 2048 tokens, 8 sources of 10^12 each':<62} {statistics.median(waits) * 1e3:>6.2f} ms")
         tracemalloc.start()
         for step in range(20):
             huge.rank_slice(step * 10**6, rank=0, world_size=8, micro_batch=64)

@@ -202,3 +202,21 @@ def test_a_trillion_tokens_cost_no_more_than_a_thousand(monkeypatch):
     assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes
     tracemalloc.stop()
     assert sorted(seconds)[len(seconds) // 2] < 0.01
+
+
+def test_the_middle_is_filled_in_where_the_tokenizer_has_marks(tmp_path):
+    from tokenizers import AddedToken
+
+    from moetrain.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["a b c"], vocab_size=300)
+    tokenizer.add_special_tokens([AddedToken(f"<fim_{part}>") for part in ("prefix", "middle", "suffix")])
+    (tmp_path / "t.json").write_text(tokenizer.to_str())
+    ids = {tokenizer.token_to_id(f"<fim_{part}>") for part in ("prefix", "middle", "suffix")}
+    one = replace(part(1000, sequences=100), tokenizer_path=tmp_path / "t.json")
+    run = run_of(text=["x"], name="a", fill_in_middle=1.0)
+    rows = make_batches(run, Corpus({"a": one})).at(3).tokens
+    plain = make_batches(run_of(text=["x"], name="a"), Corpus({"a": one})).at(3).tokens
+    assert all(ids & set(row) for row in rows.tolist())
+    assert rows.shape == plain.shape
+    assert all(set(new) - ids <= set(old) for new, old in zip(rows.tolist(), plain.tolist(), strict=True))
