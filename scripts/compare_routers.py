@@ -23,7 +23,7 @@ from moetrain.config.freeze import freeze
 from moetrain.config.routers import loss_weights
 from moetrain.metrics.log import read_metrics
 from moetrain.model.build import build_model, initialize
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 
 ROUTERS = {
     "top_k": [],
@@ -64,10 +64,10 @@ def contestant(router: str, own: list[str]) -> Contestant:
     initialize(gpt, init_std=model.init_std, seed=run.seed)
     objective = Objective(gpt, loss_weights=loss_weights(model.moe))
     token_BS = torch.randint(model.vocab_size, (8, model.context + 1), generator=torch.Generator().manual_seed(0))
-    tokens, targets = token_BS[:, :-1].contiguous(), token_BS[:, 1:].contiguous()
+    batch = MicroBatch(token_BS=token_BS[:, :-1].contiguous(), target_BS=token_BS[:, 1:].contiguous())
     return Contestant(
         name=router,
-        run=lambda: objective(tokens, targets).total.backward(),
+        run=lambda: objective(batch).total.backward(),
         clear=lambda: gpt.zero_grad(set_to_none=True),
     )
 

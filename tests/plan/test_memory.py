@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.model.build import build_model, initialize
-from moetrain.model.objective import Objective
+from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
 from moetrain.plan import memory
@@ -38,6 +38,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def split(token: torch.Tensor) -> MicroBatch:
+    return MicroBatch(token_BS=token[:, :-1].contiguous(), target_BS=token[:, 1:].contiguous())
+
+
 def kept_by_autograd(model: ModelConfig, *, rows: int) -> int:
     """Bytes of all storages that a forward pass leaves for the backward pass, weights apart."""
     gpt = build_model(model)
@@ -53,7 +57,7 @@ def kept_by_autograd(model: ModelConfig, *, rows: int) -> int:
 
     token = torch.randint(0, model.vocab_size, (rows, model.context + 1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Objective(gpt, loss_weights={"balance": 0.01})(token[:, :-1].contiguous(), token[:, 1:].contiguous())
+        Objective(gpt, loss_weights={"balance": 0.01})(split(token))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -176,7 +180,7 @@ def run_step(model: ModelConfig, layout: Layout, *, rank: int, length: int) -> N
     for micro in range(layout.accumulation):
         generator = torch.Generator().manual_seed(10 * micro + rank)
         token = torch.randint(0, model.vocab_size, (layout.micro_batch, length + 1), generator=generator)
-        engine.forward_backward(token[:, :-1].contiguous(), token[:, 1:].contiguous())
+        engine.forward_backward(split(token))
     engine.step(1e-3)
 
 
