@@ -83,13 +83,13 @@ class Corpus:
 
     def digests(self) -> dict[str, str]:
         """What a model trained on this must find again: its tokens and their meaning."""
-        found = {"tokenizer": self.first.meta.tokenizer_fingerprint}
+        found: dict[str, str] = {}
         for name, part in self.parts.items():
             counted = self.counted.get(name)
             masks = {} if counted is None else {f"loss mask ({split})": each for split, each in counted.digests.items()}
             own = {what: digest for what, digest in (part.digests() | masks).items() if what != "tokenizer"}
             found |= own if len(self.parts) == 1 else {f"{what} of {name}": digest for what, digest in own.items()}
-        return found
+        return found | {"tokenizer": self.first.meta.tokenizer_fingerprint}
 
     def held_out(self) -> dict[str, HeldOutText]:
         """The held-out text of each source."""

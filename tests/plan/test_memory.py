@@ -148,8 +148,6 @@ MEASURED: list[tuple[str, Layout]] = [
     ("sparse bf16", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, accumulation=2)),
     ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4)),
     ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=1)),
-    ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=4)),
-    ("sparse bf16", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=4, recompute="full")),
     ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=1, micro_batch=8, recompute="selective")),
     ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, offload_optimizer=True)),
 ]
@@ -217,7 +215,8 @@ def test_a_real_run_takes_the_memory_that_was_planned(ranks, monkeypatch) -> Non
     off = {}
     for (name, layout), peak in zip(MEASURED, peaks, strict=True):
         model = MODELS[name]
-        planned = memory_of(model, layout, sequence_length=model.context, imbalance=1.0, device="cpu", slack=0).total
+        parts = memory_of(model, layout, sequence_length=model.context, imbalance=1.0, device="cpu", slack=0)
+        planned = parts.total + parts.host  # here they are one memory
         extra = "" if layout.recompute == "none" else f", {layout.recompute}"
         extra += ", offload" if layout.offload_optimizer else ""
         case = (
