@@ -187,6 +187,11 @@ class GPT(nn.Module):
             for name, tensor in block.feed_forward.state().items()
         }
 
+    @property
+    def wants_counts(self) -> bool:
+        """Whether any MoE block asks for ``after_step``."""
+        return any(block.feed_forward.wants_counts for block in self.blocks if isinstance(block.feed_forward, MoELayer))
+
     def after_step(self, count_LE: Tensor) -> None:
         """Let each of the L MoE blocks see the choices of the global batch."""
         layers = [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]

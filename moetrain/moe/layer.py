@@ -121,9 +121,15 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(y_RD, rows.receipt)
         if self.shared is not None:
             y_TD = y_TD + self.run(self.shared, x_TD)
-        losses = routing.losses | self._losses(routing, length=x.shape[-2])
-        load = _load(routing, losses, chosen_E=_counted(routing))
+        chosen_E = _counted(routing)
+        losses = routing.losses | self._losses(routing, chosen_E, length=x.shape[-2])
+        load = _load(routing, losses, chosen_E=chosen_E)
         return MoEOutput(hidden_TD=y_TD.view_as(x), losses=losses, load=load, choice=chosen.choice)
+
+    @property
+    def wants_counts(self) -> bool:
+        """Whether ``after_step`` makes a difference."""
+        return self.balance_scope == "global_batch" or isinstance(self.router, SigmoidBiasRouter)
 
     @torch.no_grad()
     def after_step(self, count_E: Tensor) -> None:
@@ -162,7 +168,7 @@ class MoELayer(nn.Module):
         )
         return limit(routing, capacity=room, drop=self.capacity.drop)
 
-    def _losses(self, routing: Routing, *, length: int) -> dict[str, Tensor]:
+    def _losses(self, routing: Routing, chosen_E: Tensor, *, length: int) -> dict[str, Tensor]:
         if routing.prob_TE is None or routing.logit_TE is None:
             return {}
         if self.balance_scope == "sequence":
@@ -173,7 +179,6 @@ class MoELayer(nn.Module):
             self.share_E = self.share_E.to(routing.prob_TE.device)
             balance = balance_loss(routing.prob_TE, self.share_E)
         else:
-            chosen_E = _counted(routing)
             balance = balance_loss(routing.prob_TE, chosen_E / chosen_E.sum())
         return {"balance": balance, "z": z_loss(routing.logit_TE)}
 

@@ -49,6 +49,7 @@ class Engine:
         self._groups, self._clip = groups, clip
         self._stage: int = config["zero_optimization"]["stage"]
         self.gpt = objective.gpt
+        self._wants_counts = self.gpt.wants_counts
         self._count_LE: Tensor | None = None
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
@@ -70,7 +71,7 @@ class Engine:
         """One micro-batch; gradients are added up until ``step``."""
         losses: Losses
         total, losses = self._engine(batch)
-        if losses.load:
+        if self._wants_counts:
             count_LE = torch.stack([load.chosen_E for load in losses.load])
             self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
         self._engine.backward(total)
