@@ -15,7 +15,7 @@ from moetrain.moe.balance import balance_loss, z_loss
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.router import TopKRouter
+from moetrain.moe.router import SigmoidBiasRouter, TopKRouter
 
 D_MODEL, D_EXPERT = 6, 5
 ROUTER_ERROR = {"rtol": 1e-5, "atol": 3e-5}
@@ -189,6 +189,14 @@ def test_over_the_global_batch_the_shares_are_those_of_the_step_before() -> None
     layer.eval()
     answer = layer(x_TD)
     torch.testing.assert_close(answer.losses["balance"], balance_loss(prob_TE, answer.load.count_E / 26))
+
+
+@pytest.mark.parametrize(("scope", "wants"), [("global_batch", True), ("micro_batch", False), ("sequence", False)])
+def test_counts_of_the_batch_are_asked_for_by_what_needs_them_alone(scope: str, wants: bool) -> None:
+    layer = make_layer(4, top_k=2, balance_scope=scope)
+    assert layer.wants_counts == wants
+    layer.router = SigmoidBiasRouter(D_MODEL, num_experts=4, top_k=2, update_rate=0.1, scale=1.0)
+    assert layer.wants_counts
 
 
 def test_over_the_global_batch_the_gradient_does_not_depend_on_the_cut_into_micro_batches() -> None:

@@ -18,7 +18,6 @@ from moetrain.model.build import build_model, initialize
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
-from moetrain.plan import memory
 from moetrain.plan.flops import count_parameters
 from moetrain.plan.layout import Layout, offered
 from moetrain.plan.memory import PARTS, Memory, memory_of
@@ -69,11 +68,6 @@ def test_activations_are_what_autograd_keeps(variant: str, dtype: str) -> None:
     planned = memory_of(model, replace(ALONE, micro_batch=4), sequence_length=128, imbalance=1.0, device="cpu", slack=0)
     softmax = planned.logits / 3  # of the three that are there at once, autograd keeps one
     assert planned.activations + planned.experts + softmax == pytest.approx(kept_by_autograd(model, rows=4), rel=0.01)
-
-
-def test_the_engines_bucket_is_the_plans() -> None:
-    config = deepspeed_config(micro_batch=1, accumulation=1, world_size=1, zero_stage=1, dtype="fp32", clip=1.0)
-    assert config["zero_optimization"]["reduce_bucket_size"] == memory.BUCKET_ELEMENTS
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
