@@ -149,7 +149,7 @@ def test_files_and_functions_stay_short(module):
 
 
 def test_rooms_stay_small():
-    for directory in PACKAGE.iterdir():
+    for directory in PACKAGE.rglob("*"):
         if directory.is_dir() and directory.name != "__pycache__":
             files = [path for path in directory.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
             assert len(files) < FILES_IN_ROOM, directory.name

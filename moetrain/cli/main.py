@@ -29,15 +29,15 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "train": Verb("train", "train a model, or go on with a run that was interrupted", presets=True),
-    "prepare": Verb("train", "text to token files (train does it by itself)", presets=True),
-    "config": Verb("train", "show every setting of a run, and where each comes from", presets=True),
-    "plan": Verb("plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
-    "data": Verb("train", "show what a step reads"),
-    "sample": Verb("train", "let a trained model write"),
-    "verify": Verb("verify", "does the run train the same on every layout? (small, on CPU)"),
-    "checkpoint": Verb("checkpoint", "list, examine, compare and remove what was saved"),
-    "bench": Verb("bench", "time the MoE layer or a training step, against others'"),
+    "train": Verb("running.train", "train a model, or go on with a run that was interrupted", presets=True),
+    "prepare": Verb("before.data", "text to token files (train does it by itself)", presets=True),
+    "config": Verb("running.train", "show every setting of a run, and where each comes from", presets=True),
+    "plan": Verb("before.plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
+    "data": Verb("before.data", "show what a step reads"),
+    "sample": Verb("results.model", "let a trained model write"),
+    "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
+    "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),
+    "bench": Verb("before.bench", "time the MoE layer or a training step, against others'"),
 }
 
 EXAMPLES = """\

@@ -1,4 +1,4 @@
-"""The verbs around a run: train, prepare, config, data, sample."""
+"""The verbs around a run: train, config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.options import Options, corpus_of, number, own_words, settings
+from moetrain.cli.options import Options, corpus_of, settings
+from moetrain.cli.results.model import write
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
@@ -35,16 +36,6 @@ examples:
   moetrain train model/moe=none                           the dense model of the same active size
   moetrain train 'data.text=[books/*.txt,notes.jsonl]' name=books
 """,
-    "prepare": """usage: moetrain prepare [key=value …] [--config-dir DIR]
-
-Reads data.text, trains the tokenizer (or takes data.tokenizer) and writes token files to data.prepared
-(prepared/NAME-DIGEST). What is there already is not made again.
-
-examples:
-  moetrain prepare
-  moetrain prepare 'data.text=[books/*.txt]' data.name=books model.vocab_size=16384
-  moetrain prepare data.text=wiki.parquet data.text_column=body data.tokenizer=tokenizer.json
-""",
     "config": """usage: moetrain config [key=value …] [--config-dir DIR]
 
 Prints the settings a run would have, as YAML; beside each value, the file that set it, `command line`, `default`, or
@@ -54,31 +45,7 @@ examples:
   moetrain config
   moetrain config model=glam_64b_64e parallel.zero_stage=2
 """,
-    "data": """usage: moetrain data show [step=N] [samples=N] [picture=FILE] [key=value …] [--config-dir DIR]
-
-Shows what a step of the run reads: its samples as text, each with its source and the borders of its documents, the
-tokens of each source, and how long the documents are. With run_dir=DIR alone it is the run in DIR, with settings the
-run they describe; what is not prepared yet is prepared.
-
-  step=N         counted from 0, the first step (default)
-  samples=N      how many of its samples to write out (default 4; 0: all)
-  picture=FILE   the lengths of the documents, as a PNG
-
-examples:
-  moetrain data show
-  moetrain data show step=12 samples=1 picture=lengths.png
-""",
-    "sample": """usage: moetrain sample [run_dir=DIR] [prompt=TEXT] [max_tokens=N] [temperature=X] [top_k=N] [seed=N]
-
-Writes on from a prompt with the newest whole checkpoint of a run.
-
-examples:
-  moetrain sample
-  moetrain sample run_dir=runs/tiny prompt="The state of the Union is" temperature=0.7 seed=3
-""",
 }
-
-_LARGEST = 1 << 62
 
 
 def train(words: Sequence[str]) -> int:
@@ -113,19 +80,9 @@ def train(words: Sequence[str]) -> int:
                 return STOPPED
         screen.draw(run_dir)
         opening = _opening(run)
-        sample = "".join(_sample(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
+        sample = "".join(write(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
         screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
         _catch_up(remote, run, run_dir)
-    return 0
-
-
-def prepare(words: Sequence[str]) -> int:
-    """The verb `prepare`."""
-    run, _ = settings(Options.read(words))
-    from moetrain.report.screen import prepared_text
-
-    for part in corpus_of(run).parts.values():
-        print(prepared_text(part.directory, part))
     return 0
 
 
@@ -135,55 +92,6 @@ def config(words: Sequence[str]) -> int:
     from moetrain.report.screen import config_text
 
     print(config_text(run, composed=composed.settings, sources=composed.sources))
-    return 0
-
-
-def data(words: Sequence[str]) -> int:
-    """The verb `data`."""
-    if not words or words[0] != "show":
-        said = f"data has no verb '{words[0]}'" if words else "data wants to know what to do"
-        raise ConfigError([f"{said}: write `moetrain data show`"])
-    own, rest = own_words(words[1:], defaults={"step": 0, "samples": 4, "picture": ""})
-    from moetrain.config.freeze import RUN_FILE, read_run
-    from moetrain.data.build import view_batch
-    from moetrain.data.tokenizer import load_tokenizer
-    from moetrain.report import batch
-
-    key, _, place = rest[0].partition("=") if len(rest) == 1 else ("", "", "")
-    is_there = key == "run_dir" and (Path(place) / RUN_FILE).is_file()
-    run = read_run(Path(place)) if is_there else settings(Options.read(rest))[0]
-    corpus = corpus_of(run)
-    view = view_batch(run, corpus, step=int(own["step"]))
-    decode = load_tokenizer(corpus.first.tokenizer_path).decode
-    batch.show(view, decode=lambda ids: decode(ids, skip_special_tokens=False), samples=int(own["samples"]))
-    if own["picture"]:
-        batch.draw_lengths(view, Path(str(own["picture"])))
-    return 0
-
-
-def sample(words: Sequence[str]) -> int:
-    """The verb `sample`."""
-    from moetrain.config.freeze import freeze_section
-    from moetrain.config.schema import SampleConfig
-
-    given: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError([f"'{word}' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""])
-        given[key] = value if key in ("prompt", "run_dir") else number(value)
-    wanted = freeze_section(SampleConfig, given)
-    rules = (("max_tokens", wanted.max_tokens, 1), ("temperature", wanted.temperature, 0), ("top_k", wanted.top_k, 0),
-             ("seed", wanted.seed, 0))  # fmt: skip
-    problems = [f"{name} is {value}, but must be from {least} to {_LARGEST:.0e}"
-                for name, value, least in rules if not least <= value <= _LARGEST]  # fmt: skip
-    if problems:
-        raise ConfigError(problems)
-    pieces = _sample(**asdict(wanted) | {"run_dir": Path(wanted.run_dir)})
-    print(wanted.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
     return 0
 
 
@@ -309,19 +217,3 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
     prepared = open_corpus(run.data).first
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text
-
-
-def _sample(**wanted: Any) -> Any:
-    from moetrain.config.schema import SampleConfig
-    from moetrain.data.corpus import TOKENIZER
-    from moetrain.data.tokenizer import load_tokenizer
-    from moetrain.hub.generate import generate, load_model
-
-    defaults = asdict(SampleConfig())
-    wanted = defaults | wanted
-    run_dir = wanted.pop("run_dir")
-    run, gpt = load_model(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    tokenizer = load_tokenizer(run_dir / TOKENIZER)
-    # positions past the trained length were never seen
-    context = min(run.model.context, run.batch.sequence_length or run.model.context)
-    return generate(gpt, tokenizer, context=context, **wanted)
