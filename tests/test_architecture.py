@@ -40,14 +40,17 @@ MAY_IMPORT = {
     "plan": {"config", "parallel.topology", "errors"},
     "model": {"moe", "parallel", "config", "errors"},
     "moe": {"parallel", "errors"},
-    "prepare": {"data", "errors"},
+    "prepare": {"data", "sources", "tokenization", "errors"},
+    "sources": {"errors"},
+    "tokenization": {"data", "errors"},
     "data": {"errors"},
     "metrics": {"errors"},
     "parallel": {"errors"},
     "config": {"errors"},
     "errors": set(),
 }
-NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "errors", "checkpoint.store",
+NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "sources",
+            "tokenization", "errors", "checkpoint.store",
             "checkpoint.certificate", "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
@@ -58,7 +61,7 @@ ONLY_IN = {
     "deepspeed": {"train.engine", "bench.peers"},
     "transformers": {"bench.peers"},
     "wandb": {"metrics.log"},
-    "datasets": {"prepare.text"},
+    "datasets": {"sources.hub"},
     "matplotlib": {"report.figures"},
 }
 LONGEST_FILE, LONGEST_FUNCTION, FILES_IN_ROOM = 400, 60, 8
