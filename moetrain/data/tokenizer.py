@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 # In characters. While it works the library holds some 170 bytes for each character of what it is given at once.
 _PIECE = 1 << 16
 _GROUP = 1 << 21
+
+
+BatchEncoder = Callable[[list[str]], list[npt.NDArray[np.uint32]]]
+"""Texts to their token ids, without special tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,18 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return _as_plain_text(tokenizer)
 
 
-def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[EncodedDocument]:
+def batch_encoder(tokenizer: Tokenizer) -> BatchEncoder:
+    """The tokenizer's own; works on all cores unless the environment says TOKENIZERS_PARALLELISM=false."""
+
+    def encode_batch(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        # The fast one leaves out the offsets, which nobody reads.
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    return encode_batch
+
+
+def encode(encode_batch: BatchEncoder, documents: Iterable[str]) -> Iterator[EncodedDocument]:
     """Token ids of some documents, in order; many at a time, in bounded memory.
 
     Special tokens are not added. A document of more than 65,536 characters is encoded in pieces that are cut before a
@@ -73,12 +88,10 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[EncodedDo
     """
     ids: list[npt.NDArray[Any]] = []
     for group in _groups(documents):
-        # The fast one leaves out the offsets, which nobody reads.
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in group], add_special_tokens=False)
-        for piece, encoding in zip(group, encodings, strict=True):
-            ids.append(np.asarray(encoding.ids, dtype=np.uint32))
+        for piece, piece_ids in zip(group, encode_batch([piece.text for piece in group]), strict=True):
+            ids.append(piece_ids)
             if piece.ends is not None:
-                yield EncodedDocument(text=piece.ends, ids=np.concatenate(ids))
+                yield EncodedDocument(text=piece.ends, ids=ids[0] if len(ids) == 1 else np.concatenate(ids))
                 ids.clear()
 
 
