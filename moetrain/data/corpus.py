@@ -227,8 +227,8 @@ class SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._starts.close()
+        with self._starts, self._file:  # closed both, even if the first cannot be flushed
+            pass
 
     def add(self, ids: npt.ArrayLike, *, num_bytes: int) -> None:
         """One document: its ids, the end-of-text token included, and how many bytes of UTF-8 text it was."""

@@ -1,101 +1,128 @@
-"""The work of ``prepare``: split, train the tokenizer, encode, measure the baselines, into one empty directory.
+"""The work of ``prepare``: spool the text, divide it, train the tokenizer, encode, measure the baselines, write.
 
-The text is streamed from its files once for each of these: to split, to train the tokenizer, to encode. Nothing grows
-with the text but one number for each document and, up to ``BASELINE_LIMIT``, what the baselines are measured on.
+Everything is done in one directory of work, and every step leaves a file behind that says it is done: the next start
+goes on from there. Nothing in memory grows with the text but, while they are looked at, a few bytes a document, and
+up to a limit what the baselines and the tokenizer look at.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from moetrain.data.corpus import (
-    FORMAT_VERSION,
-    SPLITS,
-    TOKENIZER,
-    Baselines,
-    Meta,
-    Source,
-    Split,
-    SplitWriter,
-    file_sha256,
-    write_meta,
-)
-from moetrain.data.tokenizer import (
-    encode,
-    end_of_text,
-    fingerprint,
-    load_tokenizer,
-    train_tokenizer,
-    vocabulary_size,
-)
+from moetrain.data.corpus import FORMAT_VERSION, TOKENIZER, Baselines, Meta, Source, file_sha256, write_meta
+from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
-from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
-from moetrain.prepare.text import read_documents
+from moetrain.prepare.encoding import Encoding, Progress, encode_all, write_token_files
+from moetrain.prepare.shards import BASELINE_TEXT, SPOOL
+from moetrain.prepare.text import is_visible, nothing_to_read, texts_of
+from moetrain.sources.spool import (
+    Shard,
+    SpoolWriter,
+    read_json,
+    rows_of,
+    texts_of_shard,
+    write_file,
+    write_json,
+)
 
-Progress = Callable[[str, int, int | None], None]
-"""Called with the stage (hash, read, tokenizer, encode, baselines), how much is done, and of how much (None: not yet
-known), in bytes: of the files for hash, of UTF-8 text for the others."""
+OUT = "out"
+"""The directory inside the directory of work that becomes the prepared one."""
 
-BASELINE_LIMIT = 64 << 20  # bytes of each split that the baselines look at
+LOCK = "lock"
+"""The file inside the directory of work that its process holds."""
+
+BASELINE_LIMITS = (16 << 20, 4 << 20)  # bytes of the training and of the held-out text that the baselines look at
+TOKENIZER_LIMIT = 1 << 30  # bytes of text that a tokenizer is trained on: of more, an even sample
+
+_READ = "read.json"
+_TELL_EVERY = 1 << 18  # bytes of text between two words on how far reading is
 
 
 @dataclass(frozen=True)
-class _Division:
-    """Which documents are held out: those whose hash is below ``cut``."""
+class Options:
+    """What of the documents is taken, and how the work is done."""
 
-    cut: int
-    num_bytes: int
-    num_empty: int
+    workers: int | None = None  # processes that encode; None: one for each core
+    fast_encoder: bool = True  # use tiktoken where it is installed and gives the same ids
+    min_characters: int = 1  # shorter documents are left out
+    max_characters: int | None = None  # longer ones, too
+
+    def covered(self) -> dict[str, Any]:
+        """Those that the token files depend on."""
+        return {"min_characters": self.min_characters, "max_characters": self.max_characters}
 
 
-def build_token_files(
-    partial: Path,
-    files: list[Path],
-    *,
-    text_column: str,
-    held_out: float,
-    vocab_size: int,
-    tokenizer: str | None,
-    progress: Progress,
-) -> None:
-    """Fill ``partial``, an empty directory, with everything of a prepared one; the other arguments as in ``prepare``.
+@dataclass(frozen=True)
+class Request:
+    """What ``prepare`` was asked for."""
+
+    files: list[Path]
+    text_column: str
+    held_out: float
+    vocab_size: int
+    tokenizer: str | None
+    options: Options
+
+
+def build_token_files(work: Path, request: Request, *, progress: Progress, say: Callable[[str], None]) -> None:
+    """Fill ``work / OUT`` with everything of a prepared directory, from where an earlier start left off.
+
+    Args:
+        work: a directory of this process's own.
+        request: what is wanted.
+        progress: called with the stage (hash, read, tokenizer, encode, baselines, write), how much is done, and of how
+            much; in bytes of the files for hash and read, of text for tokenizer and encode.
+        say: called with a line for the user.
 
     Raises:
-        DataError: as ``prepare``.
+        DataError: as ``directory.prepare``.
         OSError: the directory cannot be written.
     """
     # The given tokenizer first: a fault there should not wait for the text to be read.
-    given = None if tokenizer is None else load_tokenizer(Path(tokenizer))
+    given = None if request.tokenizer is None else load_tokenizer(Path(request.tokenizer))
     if given is not None:
-        check_fits(vocabulary_size(given), what=f"the tokenizer {tokenizer}", vocab_size=vocab_size)
-    sources = tuple(_hash_sources(files, progress=progress))
-    division = _divide(files, text_column=text_column, held_out=held_out, progress=progress)
-    if given is None:
-        documents = _training_documents(files, text_column=text_column, division=division, progress=progress)
-        chosen = train_tokenizer(documents, vocab_size=vocab_size)
-    else:
-        chosen = given
-    encoded = _encode(partial, files, text_column=text_column, division=division, tokenizer=chosen, progress=progress)
-    (partial / TOKENIZER).write_text(chosen.to_str(), encoding="utf-8")
+        check_fits(vocabulary_size(given), what=f"the tokenizer {request.tokenizer}", vocab_size=request.vocab_size)
+    sources = tuple(_hash_sources(request.files, progress=progress))
+    _begin_or_go_on(work, request, sources=sources)
+    shards = _read(work, request, progress=progress)
+    cut = _cut(work, shards, held_out=request.held_out)
+    tokenizer = _tokenizer(work, shards, request=request, cut=cut, given=given, progress=progress)
+    _baseline_texts(work, shards, cut=cut)
+    encoding = Encoding(cut=cut, workers=request.options.workers, fast=request.options.fast_encoder)
+    measured = encode_all(work, encoding, progress=progress, say=say)
+    out = work / OUT
+    out.mkdir(exist_ok=True)
+    written = write_token_files(work, out, progress=progress)
+    seen = [(work / name).stat().st_size for name in BASELINE_TEXT]
+    (out / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+    passed_over = dict(shards[-1].passed_over)
     meta = Meta(
         format_version=FORMAT_VERSION,
-        vocab_size=vocabulary_size(chosen),
-        end_of_text=end_of_text(chosen),
-        tokenizer_fingerprint=fingerprint(chosen),
-        empty_documents=division.num_empty,
-        train=encoded.train,
-        held_out=encoded.held_out,
+        vocab_size=vocabulary_size(tokenizer),
+        end_of_text=end_of_text(tokenizer),
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        empty_documents=passed_over.pop("empty", 0),
+        dropped=passed_over,
+        round_trip=written.round_trip,
+        train=written.train,
+        held_out=written.held_out,
         sources=sources,
-        baselines=_baselines(encoded, progress=progress),
+        baselines=Baselines(
+            xz=measured["xz"],
+            trigram=measured["trigram"],
+            train_bytes=seen[0],
+            held_out_bytes=seen[1],
+            truncated=seen[0] < written.train.bytes or seen[1] < written.held_out.bytes,
+        ),
     )
-    write_meta(partial, meta=meta)
+    write_meta(out, meta=meta)
 
 
 def _hash_sources(files: list[Path], *, progress: Progress) -> Iterator[Source]:
@@ -105,101 +132,145 @@ def _hash_sources(files: list[Path], *, progress: Progress) -> Iterator[Source]:
         yield Source(name=path.name, size=sizes[number], sha256=source_sha256(path))
 
 
-def _divide(files: list[Path], *, text_column: str, held_out: float, progress: Progress) -> _Division:
-    """The cut of ``held_out``, moved just so far that each part gets a document."""
+def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[Source, ...]) -> None:
+    """Keep what an earlier start left only if it had the same sources and settings."""
+    plan = {
+        "format_version": FORMAT_VERSION,
+        "sources": [asdict(source) for source in sources],
+        "text_column": request.text_column,
+        "held_out": request.held_out,
+        "vocab_size": request.vocab_size,
+        "tokenizer": None if request.tokenizer is None else file_sha256(Path(request.tokenizer)),
+        **request.options.covered(),
+    }
+    if read_json(work / "plan.json") != plan:
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        write_json(work / "plan.json", plan)
+
+
+def _read(work: Path, request: Request, *, progress: Progress) -> list[Shard]:
+    """Spool what is not spooled."""
+    root, options = work / SPOOL, request.options
+    spool = SpoolWriter.resume(root)
+    if (work / _READ).exists():
+        return spool.shards
+    before = [_stamp(path) for path in request.files]
+    sizes = [path.stat().st_size for path in request.files]
+    told = 0
+    first, skip = spool.position
+    for number in range(first, len(request.files)):
+        begun = sum(sizes[:number])
+        position = 0
+
+        def tell(read: int) -> None:
+            nonlocal position
+            position = read
+
+        for row, text in enumerate(
+            texts_of(request.files[number], text_column=request.text_column, tell=tell), start=1
+        ):
+            if row <= skip:
+                continue
+            if not is_visible(text):
+                spool.pass_over("empty")
+            elif len(text) < options.min_characters:
+                spool.pass_over("min_characters")
+            elif options.max_characters is not None and len(text) > options.max_characters:
+                spool.pass_over("max_characters")
+            else:
+                spool.add(text.encode(), source=number, row=row)
+            if spool.num_bytes - told >= _TELL_EVERY:
+                told = spool.num_bytes
+                progress("read", begun + min(position, sizes[number]), sum(sizes))
+        skip = 0
+        progress("read", begun + sizes[number], sum(sizes))
+    if [_stamp(path) for path in request.files] != before:
+        raise DataError("the files of data.text changed while they were read: start again when they are still")
+    spool.flush(source=len(request.files), row=0)
+    _refuse_nothing(request.files, spool)
+    write_json(work / _READ, {"finished": True})
+    return spool.shards
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _refuse_nothing(files: list[Path], spool: SpoolWriter) -> None:
+    if spool.shards[-1].documents == 0:
+        empty = spool.passed_over.get("empty", 0)
+        raise nothing_to_read(files, num_empty=empty, num_other=sum(spool.passed_over.values()) - empty)
+
+
+def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
+    """Documents with a place below it are held out: ``held_out`` of them, moved just so far that each part gets one."""
     assert 0 < held_out < 1, held_out
-    num_documents = num_bytes = num_empty = 0
-    smallest, largest = 1 << 64, -1
-
-    def count_empty(_: Path) -> None:
-        nonlocal num_empty
-        num_empty += 1
-
-    for document in read_documents(files, text_column=text_column, on_empty=count_empty):
-        place = _place(document)
-        smallest, largest = min(smallest, place), max(largest, place)
-        num_documents += 1
-        num_bytes += len(document.encode())
-        progress("read", num_bytes, None)
+    smallest, largest, num_documents = 1 << 64, -1, 0
+    for number in range(len(shards)):
+        places = rows_of(work / SPOOL, shards, number).rows["place"]
+        if len(places):
+            smallest, largest = min(smallest, int(places.min())), max(largest, int(places.max()))
+            num_documents += len(places)
     if smallest == largest:
         what = "one document" if num_documents == 1 else f"{num_documents:,} documents, all the same"
         raise DataError(
             f"data.text holds {what}, but training and held-out text need at least one each: split the text into "
             "several files or rows (a .txt file is one document)"
         )
-    cut = min(max(round(held_out * (1 << 64)), smallest + 1), largest)
-    return _Division(cut=cut, num_bytes=num_bytes, num_empty=num_empty)
+    return min(max(round(held_out * (1 << 64)), smallest + 1), largest)
 
 
-def _place(document: str) -> int:
-    """A document's place on a line of 2^64, by its text alone: the same text is never on both sides of a cut."""
-    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
+def _documents(work: Path, shards: list[Shard], number: int) -> Iterator[tuple[bytes, int]]:
+    """The documents of a shard that are kept, each with its place."""
+    part = rows_of(work / SPOOL, shards, number)
+    texts = texts_of_shard(shards[number].next_to(work / SPOOL)[0], part.rows)
+    yield from zip(texts, part.rows["place"].tolist(), strict=True)
 
 
-def _training_documents(
-    files: list[Path], *, text_column: str, division: _Division, progress: Progress
-) -> Iterator[str]:
+def _tokenizer(
+    work: Path, shards: list[Shard], *, request: Request, cut: int, given: Tokenizer | None, progress: Progress
+) -> Tokenizer:
+    """The given one, or one trained on the training documents."""
+    path = work / TOKENIZER
+    if path.exists():
+        return load_tokenizer(path)
+    tokenizer = given
+    if tokenizer is None:
+        documents = _training_documents(work, shards, cut=cut, progress=progress)
+        tokenizer = train_tokenizer(documents, vocab_size=request.vocab_size)
+    beside = path.with_suffix(".tmp")
+    write_file(beside, tokenizer.to_str().encode())
+    os.replace(beside, path)
+    return tokenizer
+
+
+def _training_documents(work: Path, shards: list[Shard], *, cut: int, progress: Progress) -> Iterator[str]:
+    one_of = -(-shards[-1].bytes // TOKENIZER_LIMIT)
     num_bytes = 0
-    for document in read_documents(files, text_column=text_column):
-        num_bytes += len(document.encode())
-        progress("tokenizer", num_bytes, division.num_bytes)
-        if _place(document) >= division.cut:
-            yield document
+    for number in range(len(shards)):
+        for document, place in _documents(work, shards, number):
+            num_bytes += len(document)
+            if place >= cut and place % one_of == 0:
+                yield document.decode()
+        progress("tokenizer", num_bytes, shards[-1].bytes)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """Both splits on the disk, and the beginnings of their text."""
-
-    train: Split
-    held_out: Split
-    train_text: bytes
-    held_out_text: bytes
-
-
-def _encode(
-    partial: Path,
-    files: list[Path],
-    *,
-    text_column: str,
-    division: _Division,
-    tokenizer: Tokenizer,
-    progress: Progress,
-) -> _Encoded:
-    end, size = end_of_text(tokenizer), vocabulary_size(tokenizer)
-    num_bytes = 0
-    with ExitStack() as stack:
-        writers = {split: stack.enter_context(SplitWriter(partial, split=split, vocab_size=size)) for split in SPLITS}
-        texts = {split: bytearray() for split in writers}
-        for document in encode(tokenizer, read_documents(files, text_column=text_column)):
-            split = "train" if _place(document.text) >= division.cut else "held_out"
-            data = document.text.encode()
-            writers[split].add(np.append(document.ids, end), num_bytes=len(data))
-            texts[split] += data[: BASELINE_LIMIT - len(texts[split])]
-            num_bytes += len(data)
-            progress("encode", num_bytes, division.num_bytes)
-        if num_bytes != division.num_bytes:
-            raise DataError("the files of data.text changed while they were read: start again when they are still")
-        return _Encoded(
-            train=writers["train"].finish(),
-            held_out=writers["held_out"].finish(),
-            train_text=bytes(texts["train"]),
-            held_out_text=bytes(texts["held_out"]),
-        )
-
-
-def _baselines(encoded: _Encoded, *, progress: Progress) -> Baselines:
-    train, held_out = encoded.train_text, encoded.held_out_text
-    progress("baselines", 0, len(held_out))
-    baselines = Baselines(
-        xz=xz_bits_per_byte(held_out),
-        trigram=trigram_bits_per_byte(train, held_out),
-        train_bytes=len(train),
-        held_out_bytes=len(held_out),
-        truncated=len(train) < encoded.train.bytes or len(held_out) < encoded.held_out.bytes,
-    )
-    progress("baselines", len(held_out), len(held_out))
-    return baselines
+def _baseline_texts(work: Path, shards: list[Shard], *, cut: int) -> None:
+    """Put the beginnings of both parts of the text where the baselines are measured."""
+    texts = (bytearray(), bytearray())
+    for number in range(len(shards)):
+        if all(len(text) >= limit for text, limit in zip(texts, BASELINE_LIMITS, strict=True)):
+            break
+        for document, place in _documents(work, shards, number):
+            part = 1 if place < cut else 0
+            texts[part].extend(document[: BASELINE_LIMITS[part] - len(texts[part])])
+    for name, text in zip(BASELINE_TEXT, texts, strict=True):
+        write_file(work / name, bytes(text))
 
 
 def check_fits(entries: int, *, what: str, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ hang, and nothing here needs pickle, an importable main module, or an orphan to 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -20,6 +21,10 @@ from typing import Any
 from moetrain.errors import DataError
 
 Task = dict[str, Any]
+
+
+class WorkerLost(DataError):
+    """A worker process was killed; the data is not at fault, and what was done before counts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[D
         workers: processes; each has one thread.
 
     Raises:
-        DataError: a worker found the data at fault, or was killed.
+        WorkerLost: a worker was killed.
+        DataError: a worker found the data at fault.
         OSError: a worker could not read or write.
         RuntimeError: a worker failed otherwise.
     """
@@ -90,14 +96,13 @@ def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[D
         for process in processes:
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                try:
+                with contextlib.suppress(BrokenPipeError):  # a task that the killed worker did not read
                     pipe.close()
-                except BrokenPipeError:  # a task that the killed worker did not read
-                    pass
 
 
 def _ask(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         process.stdin.write(json.dumps(task) + "\n")
         process.stdin.flush()
@@ -105,7 +110,7 @@ def _ask(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:
     except (BrokenPipeError, ValueError):
         line = ""
     if not line:
-        raise DataError(_death(process.wait()))
+        raise WorkerLost(_death(process.wait()))
     answer: dict[str, Any] = json.loads(line)
     if "data_error" in answer:
         raise DataError(answer["data_error"])

@@ -15,7 +15,6 @@ import os
 import sys
 import traceback
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import numpy.typing as npt
 
 from moetrain.data.corpus import TOKENIZER, token_dtype
 from moetrain.data.tokenizer import (
-    BatchEncoder,
     batch_encoder,
     encode,
     end_of_text,
@@ -33,7 +31,7 @@ from moetrain.data.tokenizer import (
 )
 from moetrain.errors import DataError
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
-from moetrain.prepare.spool import ShardRows, read_spool, rows_of, texts_of_shard, write_file, write_json
+from moetrain.sources.spool import ShardRows, read_spool, rows_of, texts_of_shard, write_file, write_json
 from moetrain.tokenization.fast import differs, fast_encoder
 
 SPOOL, ENCODED, DROPPED = "spool", "encoded", "dropped.npy"
@@ -54,62 +52,71 @@ class Encoded:
     same_ids: bool  # whether the faster encoder gave the ids of the tokenizer, where both were tried
 
 
-@dataclass(frozen=True)
-class Work:
-    """A directory of work, as a task names it."""
+class ShardEncoder:
+    """Encodes the shards of one directory of work.
 
-    directory: Path
-    cut: int  # documents with a place below it are held out
-    fast: bool  # whether to use the faster encoder
+    Args:
+        directory: where the spool, the tokenizer and what is dropped lie; all of them finished.
+        cut: documents with a place below it are held out.
+        fast: whether to use the faster encoder, where there is one.
+    """
+
+    def __init__(self, directory: Path, *, cut: int, fast: bool) -> None:
+        self._directory = directory
+        self._cut = np.uint64(cut)
+        self._shards = list(read_spool(directory / SPOOL))
+        self._tokenizer = load_tokenizer(directory / TOKENIZER)
+        self._fast = fast_encoder(self._tokenizer).encode if fast else None
+        self._end = np.array([end_of_text(self._tokenizer)], dtype=np.uint32)
+        self._dtype = token_dtype(vocabulary_size(self._tokenizer))
 
     def encode(self, number: int) -> Encoded:
-        """Encode one shard of the spool.
+        """Encode one shard of the spool; its files are written unless the two encoders differ.
 
         Raises:
             OSError: the disk is full, or the like.
         """
-        root = self.directory / SPOOL
-        shards = _shards(root)
-        part = rows_of(root, shards, number)
-        kept = _kept(self.directory, part)
-        documents = [
-            text.decode()
-            for text, keep in zip(texts_of_shard(shards[number].next_to(root)[0], part.rows), kept, strict=True)
-            if keep
-        ]
+        part = rows_of(self._directory / SPOOL, self._shards, number)
+        kept = _kept(self._directory, part)
+        texts = texts_of_shard(self._shards[number].next_to(self._directory / SPOOL)[0], part.rows)
+        documents = [text.decode() for text, keep in zip(texts, kept, strict=True) if keep]
         rows = part.rows[kept]
-        tokenizer = _tokenizer(self.directory / TOKENIZER)
-        fast = _fast(self.directory / TOKENIZER) if self.fast else None
-        end = np.array([end_of_text(tokenizer)], dtype=np.uint32)
-        ids = [one.ids for one in encode(fast or batch_encoder(tokenizer), documents)]
+        ids = [one.ids for one in encode(self._fast or batch_encoder(self._tokenizer), documents)]
         tried = [index for index, place in enumerate(rows["place"].tolist()) if place % _SPOT_CHECK == 0]
-        held_out = rows["place"] < np.uint64(self.cut)
-        order = [*np.flatnonzero(~held_out).tolist(), *np.flatnonzero(held_out).tolist()]
-        pieces = [piece for index in order for piece in (ids[index], end)]
-        tokens = np.concatenate(pieces).astype(token_dtype(vocabulary_size(tokenizer))) if pieces else end[:0]
+        if self._fast is not None and differs(self._tokenizer, self._fast, [documents[index] for index in tried]):
+            nothing = (0, 0)
+            return Encoded(documents=nothing, tokens=nothing, bytes=nothing, tried=0, same=0, same_ids=False)
+        same = sum(self._decode(ids[index]) == documents[index] for index in tried)
+        return self._write(number, rows=rows, ids=ids, tried=len(tried), same=same)
+
+    def _write(
+        self, number: int, *, rows: npt.NDArray[Any], ids: list[npt.NDArray[np.uint32]], tried: int, same: int
+    ) -> Encoded:
+        held_out = rows["place"] < self._cut
+        train = ~held_out
+        order = [*np.flatnonzero(train).tolist(), *np.flatnonzero(held_out).tolist()]
+        pieces = [piece for index in order for piece in (ids[index], self._end)] or [self._end[:0]]
+        tokens = np.concatenate(pieces).astype(self._dtype)
         lengths = np.array([len(ids[index]) + 1 for index in order], dtype=np.uint32)
-        num_train = int((~held_out).sum())
-        train_tokens = int(lengths[:num_train].sum())
-        train_bytes = int(rows["bytes"][~held_out].sum())
+        num_train = int(train.sum())
+        train_tokens, train_bytes = int(lengths[:num_train].sum()), int(rows["bytes"][train].sum())
         result = Encoded(
             documents=(num_train, len(order) - num_train),
             tokens=(train_tokens, len(tokens) - train_tokens),
             bytes=(train_bytes, int(rows["bytes"].sum()) - train_bytes),
-            tried=len(tried),
-            same=sum(tokenizer.decode(ids[one].tolist(), skip_special_tokens=False) == documents[one] for one in tried),
-            same_ids=fast is None or not differs(tokenizer, fast, [documents[one] for one in tried]),
+            tried=tried,
+            same=same,
+            same_ids=True,
         )
-        if result.same_ids:
-            self._write(number, tokens=tokens, lengths=lengths, result=result)
-        return result
-
-    def _write(
-        self, number: int, *, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.uint32], result: Encoded
-    ) -> None:
-        bin_path, rows_path, about = encoded_files(self.directory, number)
+        bin_path, rows_path, about = encoded_files(self._directory, number)
         write_file(bin_path, tokens.tobytes())
         np.save(rows_path, lengths, allow_pickle=False)
         write_json(about, asdict(result))
+        return result
+
+    def _decode(self, ids: npt.NDArray[np.uint32]) -> str:
+        text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return text
 
 
 def encoded_files(directory: Path, number: int) -> tuple[Path, Path, Path]:
@@ -124,14 +131,6 @@ def measure_baselines(directory: Path) -> dict[str, float]:
     return {"xz": xz_bits_per_byte(held_out), "trigram": trigram_bits_per_byte(train, held_out)}
 
 
-def do(task: dict[str, Any]) -> dict[str, Any]:
-    """Do one task, as a worker is told it; the answer can be written as JSON."""
-    directory = Path(task["directory"])
-    if task["what"] == "baselines":
-        return measure_baselines(directory)
-    return asdict(Work(directory=directory, cut=task["cut"], fast=task["fast"]).encode(task["shard"]))
-
-
 def _kept(directory: Path, part: ShardRows) -> npt.NDArray[np.bool_]:
     if not (directory / DROPPED).exists():
         return np.ones(len(part.rows), dtype=np.bool_)
@@ -139,19 +138,19 @@ def _kept(directory: Path, part: ShardRows) -> npt.NDArray[np.bool_]:
     return ~np.asarray(dropped[part.first : part.first + len(part.rows)], dtype=np.bool_)
 
 
-@lru_cache(maxsize=1)
-def _shards(root: Path) -> list[Any]:
-    return list(read_spool(root))
+class _Worker:
+    """Does the tasks of one directory of work."""
 
+    def __init__(self) -> None:
+        self._encoder: ShardEncoder | None = None
 
-@lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Any:
-    return load_tokenizer(path)
-
-
-@lru_cache(maxsize=1)
-def _fast(path: Path) -> BatchEncoder | None:
-    return fast_encoder(_tokenizer(path)).encode
+    def do(self, task: dict[str, Any]) -> dict[str, Any]:
+        directory = Path(task["directory"])
+        if task["what"] == "baselines":
+            return measure_baselines(directory)
+        if self._encoder is None:
+            self._encoder = ShardEncoder(directory, cut=task["cut"], fast=task["fast"])
+        return asdict(self._encoder.encode(task["shard"]))
 
 
 def main() -> None:
@@ -159,9 +158,10 @@ def main() -> None:
     # whatever a library prints must not come between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    worker = _Worker()
     for line in sys.stdin:
         try:
-            answer = {"done": do(json.loads(line))}
+            answer: dict[str, Any] = {"done": worker.do(json.loads(line))}
         except DataError as error:
             answer = {"data_error": str(error)}
         except OSError as error:

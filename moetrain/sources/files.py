@@ -45,7 +45,7 @@ def read_text(path: Path, *, tell: Tell) -> str:
         tell(raw.tell())
     if len(data) > LONGEST:
         raise DataError(
-            f"{path} is one document of more than {LONGEST >> 20} MiB: split it into several files, or into rows of jsonl"
+            f"{path} is one document of more than {LONGEST >> 20} MiB: split it into several files, or rows of jsonl"
         )
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -166,7 +166,7 @@ def _decompressed(raw: BinaryIO, *, path: Path) -> io.BufferedReader:
     if suffix == ".gz":
         stream = gzip.GzipFile(fileobj=raw)
     elif suffix == ".xz":
-        stream = lzma.LZMAFile(raw)
+        stream = lzma.LZMAFile(raw)  # noqa: SIM115 (closed with what it reads)
     elif suffix == ".zst":
         stream = _zstd(path).ZstdFile(raw)
     return stream if stream is raw else io.BufferedReader(stream, buffer_size=1 << 17)  # type: ignore[return-value]

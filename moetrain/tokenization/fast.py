@@ -20,9 +20,7 @@ from tokenizers import Tokenizer
 from moetrain.data.tokenizer import BatchEncoder, batch_encoder
 
 # As tiktoken writes GPT-2's pattern; the same words as tokenizers' ByteLevel finds, without going back.
-_GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 @dataclass(frozen=True)

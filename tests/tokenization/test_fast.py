@@ -17,9 +17,13 @@ from moetrain.tokenization.fast import differs, fast_encoder, vocabulary_texts
 
 pytest.importorskip("tiktoken")
 
-ADDRESSES = [text[:20_000] for text in read_documents(expand(["builtin:sotu"]), text_column="text")][:60]
+ADDRESSES = [text[:20_000] for text in read_documents(expand(["builtin:sotu"]), text_column="text")][:25]
 TOKENIZER = train_tokenizer(iter(ADDRESSES), vocab_size=4096)
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+FAST = fast_encoder(TOKENIZER)
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def changed(**parts: object) -> Tokenizer:
@@ -36,7 +40,7 @@ def split_by(pattern: str) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, special_tokens=["</s>"])
-    tokenizer.train_from_iterator(ADDRESSES[:20], trainer=trainer)
+    tokenizer.train_from_iterator(ADDRESSES[:5], trainer=trainer)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -50,11 +54,11 @@ def test_real_text_gets_the_ids_of_the_tokenizers_library(tokenizer):
     assert not differs(tokenizer, encode, vocabulary_texts(tokenizer))
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.one_of(st.text(), st.sampled_from(["  ", "\n", "\t ", " the", "'ll", "’s", "<|endoftext|>"]))))
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.one_of(st.text(), st.sampled_from(["  ", "\n", "\t ", " the", "'ll", "\u2019s", "<|endoftext|>"]))))
 def test_any_text_gets_the_ids_of_the_tokenizers_library(parts):
     text = "".join(parts)
-    assert fast_encoder(TOKENIZER).encode([text])[0].tolist() == TOKENIZER.encode(text).ids
+    assert FAST.encode([text])[0].tolist() == TOKENIZER.encode(text).ids
 
 
 def test_ids_in_another_order_than_the_merges_do_not_matter():
@@ -103,7 +107,7 @@ def _with_added_word() -> Tokenizer:
         (_with_added_word(), "words of its own"),
         (changed(dropout=0.1), "BPE with dropout"),
         (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "WordLevel, not BPE"),
-        (split_by(r"(?<x>a)\g<x>"), "does not take"),
+        (split_by(r"\p{In_Basic_Latin}"), "does not take"),
     ],
 )
 def test_where_it_cannot_be_the_same_there_is_none_and_the_reason(tokenizer, reason):
