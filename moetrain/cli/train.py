@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.cli.model import write_on
-from moetrain.cli.options import Options, settings
+from moetrain.cli.options import Options as Words
+from moetrain.cli.options import settings
 from moetrain.errors import ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
@@ -39,12 +40,14 @@ examples:
     "prepare": """usage: moetrain prepare [key=value …] [--config-dir DIR]
 
 Reads data.text, trains the tokenizer (or takes data.tokenizer) and writes token files to data.prepared
-(prepared/NAME-DIGEST). What is there already is not made again.
+(prepared/NAME-DIGEST), on all cores. What is there already is not made again; after a crash or an interrupt the same
+command goes on where it was.
 
 examples:
   moetrain prepare
   moetrain prepare 'data.text=[books/*.txt]' data.name=books model.vocab_size=16384
   moetrain prepare data.text=wiki.parquet data.text_column=body data.tokenizer=tokenizer.json
+  moetrain prepare data.text=notes.jsonl data.name=notes prepare.duplicates=exact prepare.min_characters=20
 """,
     "config": """usage: moetrain config [key=value …] [--config-dir DIR]
 
@@ -60,7 +63,7 @@ examples:
 
 def train(words: Sequence[str]) -> int:
     """The verb `train`."""
-    options = Options.read(words, flags=("--dry-run",))
+    options = Words.read(words, flags=("--dry-run",))
     run, _ = settings(options)
     from moetrain.report import screen
 
@@ -91,7 +94,7 @@ def train(words: Sequence[str]) -> int:
 
 def prepare(words: Sequence[str]) -> int:
     """The verb `prepare`."""
-    run, _ = settings(Options.read(words))
+    run, _ = settings(Words.read(words))
     from moetrain.report.screen import prepared_text
 
     directory, prepared = _prepared(run)
@@ -101,7 +104,7 @@ def prepare(words: Sequence[str]) -> int:
 
 def config(words: Sequence[str]) -> int:
     """The verb `config`."""
-    run, composed = settings(Options.read(words))
+    run, composed = settings(Words.read(words))
     from moetrain.report.screen import config_text
 
     print(config_text(run, composed=composed.settings, sources=composed.sources))
@@ -156,15 +159,17 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
 def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
     """The token files of a run, made now if they are not there."""
     from moetrain.metrics.console import StageBars
+    from moetrain.prepare.build import Options
     from moetrain.prepare.directory import prepare as make
     from moetrain.prepare.directory import prepared_directory
 
     data = run.data
     what: dict[str, Any] = {"text": data.text, "text_column": data.text_column, "held_out": data.held_out,
                             "vocab_size": run.model.vocab_size, "tokenizer": data.tokenizer}  # fmt: skip
+    what["options"] = Options(**asdict(run.prepare) | {"special_tokens": tuple(run.prepare.special_tokens)})
     directory = Path(data.prepared) if data.prepared else prepared_directory(Path("prepared"), name=data.name, **what)
     with StageBars("prepare") as bars:
-        return directory, make(directory, progress=bars, **what)
+        return directory, make(directory, progress=bars, say=bars.say, **what)
 
 
 def _baselines(run: RunConfig) -> Baselines:

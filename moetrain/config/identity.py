@@ -11,8 +11,8 @@ from moetrain.config.schema import RunConfig
 
 # What the weights, their names and the order of the data depend on. The rest (layout, length, learning rate, logging)
 # may change between two starts of one run.
-_FIXED = ("seed", "model.", "data.", "batch.global_batch", "batch.sequence_length")
-_FREE = ("model.dtype", "data.name", "data.prepared")
+_FIXED = ("seed", "model.", "data.", "prepare.", "batch.global_batch", "batch.sequence_length")
+_FREE = ("model.dtype", "data.name", "data.prepared", "prepare.workers", "prepare.fast_encoder")
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:

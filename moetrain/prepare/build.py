@@ -27,10 +27,9 @@ from moetrain.sources.spool import (
     SpoolWriter,
     read_json,
     rows_of,
-    texts_of_shard,
-    write_file,
     write_json,
 )
+from moetrain.sources.spool import texts_of as spooled_texts
 
 OUT = "out"
 """The directory inside the directory of work that becomes the prepared one."""
@@ -38,7 +37,7 @@ OUT = "out"
 LOCK = "lock"
 """The file inside the directory of work that its process holds."""
 
-BASELINE_LIMITS = (16 << 20, 4 << 20)  # bytes of the training and of the held-out text that the baselines look at
+BASELINE_LIMITS = (16 << 20, 1 << 20)  # bytes of the training and of the held-out text that the baselines look at
 TOKENIZER_LIMIT = 1 << 30  # bytes of text that a tokenizer is trained on: of more, an even sample
 
 _READ = "read.json"
@@ -53,10 +52,17 @@ class Options:
     fast_encoder: bool = True  # use tiktoken where it is installed and gives the same ids
     min_characters: int = 1  # shorter documents are left out
     max_characters: int | None = None  # longer ones, too
+    duplicates: str = "keep"  # keep, exact or near: of documents alike, all or only the first is taken
+    similarity: float = 0.8  # Jaccard similarity of word 5-grams from which on two documents are near duplicates
+    tokenizer_kind: str = "bpe"  # of a tokenizer trained here: bpe or unigram
+    special_tokens: tuple[str, ...] = ()  # of a tokenizer trained here, after the end-of-text token
 
     def covered(self) -> dict[str, Any]:
         """Those that the token files depend on."""
-        return {"min_characters": self.min_characters, "max_characters": self.max_characters}
+        values = asdict(self) | {"special_tokens": list(self.special_tokens)}
+        if self.duplicates != "near":
+            values.pop("similarity")
+        return {key: value for key, value in values.items() if key not in ("workers", "fast_encoder")}
 
 
 @dataclass(frozen=True)
@@ -228,8 +234,7 @@ def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
 def _documents(work: Path, shards: list[Shard], number: int) -> Iterator[tuple[bytes, int]]:
     """The documents of a shard that are kept, each with its place."""
     part = rows_of(work / SPOOL, shards, number)
-    texts = texts_of_shard(shards[number].next_to(work / SPOOL)[0], part.rows)
-    yield from zip(texts, part.rows["place"].tolist(), strict=True)
+    yield from zip(spooled_texts(work / SPOOL, shards[number], part), part.rows["place"].tolist(), strict=True)
 
 
 def _tokenizer(
@@ -244,7 +249,7 @@ def _tokenizer(
         documents = _training_documents(work, shards, cut=cut, progress=progress)
         tokenizer = train_tokenizer(documents, vocab_size=request.vocab_size)
     beside = path.with_suffix(".tmp")
-    write_file(beside, tokenizer.to_str().encode())
+    beside.write_text(tokenizer.to_str(), encoding="utf-8")
     os.replace(beside, path)
     return tokenizer
 
@@ -270,7 +275,7 @@ def _baseline_texts(work: Path, shards: list[Shard], *, cut: int) -> None:
             part = 1 if place < cut else 0
             texts[part].extend(document[: BASELINE_LIMITS[part] - len(texts[part])])
     for name, text in zip(BASELINE_TEXT, texts, strict=True):
-        write_file(work / name, bytes(text))
+        (work / name).write_bytes(text)
 
 
 def check_fits(entries: int, *, what: str, vocab_size: int) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from moetrain.data.corpus import SPLITS, TOKENIZER, RoundTrip, Split, SplitWriter, token_dtype
 from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
 from moetrain.prepare.pool import Task, run_tasks
-from moetrain.prepare.shards import ENCODED, SPOOL, Encoded, ShardEncoder, encoded_files, measure_baselines
-from moetrain.sources.spool import Shard, read_json, read_spool, rows_of, texts_of_shard, write_json
+from moetrain.prepare.shards import ENCODED, SPOOL, Encoded, ShardEncoder, checksum, encoded_files, measure_baselines
+from moetrain.sources.spool import Shard, damaged, read_json, read_spool, rows_of, texts_of, write_json
 from moetrain.tokenization.fast import differs, fast_encoder, vocabulary_texts
 
 SMALL = 16 << 20
@@ -95,11 +95,12 @@ def write_token_files(work: Path, out: Path, *, progress: Progress) -> Written:
         for shard in shards:
             bin_path, rows_path, about = encoded_files(work, shard.number)
             values = read_json(about)
-            assert values is not None
+            assert values is not None, about
             encoded = Encoded(**values)
             tokens = np.fromfile(bin_path, dtype=token_dtype(vocab_size))
             lengths = np.load(rows_path, allow_pickle=False)
-            assert len(tokens) == sum(encoded.tokens), f"{bin_path} was changed"
+            if checksum(tokens, lengths) != encoded.crc:
+                raise damaged(bin_path)
             token, document = 0, 0
             for part, writer in enumerate(writers):
                 token_end, document_end = token + encoded.tokens[part], document + encoded.documents[part]
@@ -191,7 +192,8 @@ def _sample(work: Path, shards: list[Shard]) -> Iterator[str]:
     step = max(1, len(shards) // _SAMPLE_SHARDS)
     for shard in shards[::step]:
         size = 0
-        for text in texts_of_shard(shard.next_to(work / SPOOL)[0], rows_of(work / SPOOL, shards, shard.number).rows):
+        part = rows_of(work / SPOOL, shards, shard.number)
+        for text in texts_of(work / SPOOL, shard, part):
             if size + len(text) > _SAMPLE_BYTES and size:
                 break
             size += len(text)

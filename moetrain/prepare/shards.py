@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import traceback
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from moetrain.data.tokenizer import (
 )
 from moetrain.errors import DataError
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
-from moetrain.sources.spool import ShardRows, read_spool, rows_of, texts_of_shard, write_file, write_json
+from moetrain.sources.spool import ShardRows, read_spool, rows_of, texts_of, write_json
 from moetrain.tokenization.fast import differs, fast_encoder
 
 SPOOL, ENCODED, DROPPED = "spool", "encoded", "dropped.npy"
@@ -49,6 +50,7 @@ class Encoded:
     bytes: tuple[int, int]  # of text
     tried: int  # documents decoded again
     same: int  # of those, that came back as they were
+    crc: int  # of tokens and lengths
     same_ids: bool  # whether the faster encoder gave the ids of the tokenizer, where both were tried
 
 
@@ -78,14 +80,14 @@ class ShardEncoder:
         """
         part = rows_of(self._directory / SPOOL, self._shards, number)
         kept = _kept(self._directory, part)
-        texts = texts_of_shard(self._shards[number].next_to(self._directory / SPOOL)[0], part.rows)
+        texts = texts_of(self._directory / SPOOL, self._shards[number], part)
         documents = [text.decode() for text, keep in zip(texts, kept, strict=True) if keep]
         rows = part.rows[kept]
         ids = [one.ids for one in encode(self._fast or batch_encoder(self._tokenizer), documents)]
         tried = [index for index, place in enumerate(rows["place"].tolist()) if place % _SPOT_CHECK == 0]
         if self._fast is not None and differs(self._tokenizer, self._fast, [documents[index] for index in tried]):
             nothing = (0, 0)
-            return Encoded(documents=nothing, tokens=nothing, bytes=nothing, tried=0, same=0, same_ids=False)
+            return Encoded(nothing, nothing, nothing, tried=0, same=0, crc=0, same_ids=False)
         same = sum(self._decode(ids[index]) == documents[index] for index in tried)
         return self._write(number, rows=rows, ids=ids, tried=len(tried), same=same)
 
@@ -106,10 +108,11 @@ class ShardEncoder:
             bytes=(train_bytes, int(rows["bytes"].sum()) - train_bytes),
             tried=tried,
             same=same,
+            crc=checksum(tokens, lengths),
             same_ids=True,
         )
         bin_path, rows_path, about = encoded_files(self._directory, number)
-        write_file(bin_path, tokens.tobytes())
+        tokens.tofile(bin_path)
         np.save(rows_path, lengths, allow_pickle=False)
         write_json(about, asdict(result))
         return result
@@ -123,6 +126,11 @@ def encoded_files(directory: Path, number: int) -> tuple[Path, Path, Path]:
     """The files of an encoded shard: tokens, lengths, and what ``Encoded`` says."""
     stem = directory / ENCODED / f"{number:06}"
     return stem.with_suffix(".bin"), stem.with_suffix(".rows.npy"), stem.with_suffix(".json")
+
+
+def checksum(tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> int:
+    """crc32 of the content of an encoded shard."""
+    return zlib.crc32(lengths.data, zlib.crc32(tokens.data))
 
 
 def measure_baselines(directory: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from moetrain.errors import DataError
 
 SMALLEST, LARGEST = 1 << 20, 1 << 25
 """Bytes of text in a shard, but for its last document."""
@@ -40,6 +43,7 @@ class Shard:
     source: int  # sources that were read to their end
     row: int  # documents read of the next source
     passed_over: dict[str, int]  # documents that are not in the spool, by reason
+    crc: int  # crc32 of the shard's text
 
     def next_to(self, root: Path) -> tuple[Path, Path, Path]:
         """Its files: text, rows, and this."""
@@ -104,6 +108,7 @@ class SpoolWriter:
     def flush(self, *, source: int, row: int) -> None:
         """Finish the shard that is being filled."""
         last = self.shards[-1] if self.shards else None
+        content = b"".join(self._text)
         shard = Shard(
             number=len(self.shards),
             documents=(last.documents if last else 0) + len(self._text),
@@ -111,16 +116,14 @@ class SpoolWriter:
             source=source,
             row=row,
             passed_over=dict(self.passed_over),
+            crc=zlib.crc32(content),
         )
         rows = np.zeros(len(self._text), dtype=ROW)
         rows["bytes"] = [len(document) for document in self._text]
         rows["place"] = np.array(self._places, dtype=np.uint64)
         text, rows_path, about = shard.next_to(self.root)
-        write_file(text, b"".join(self._text))
-        with open(rows_path, "wb") as file:
-            np.save(file, rows, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        text.write_bytes(content)
+        np.save(rows_path, rows, allow_pickle=False)
         write_json(about, asdict(shard))
         self.shards.append(shard)
         self._text, self._places, self._size = [], [], 0
@@ -140,27 +143,36 @@ def rows_of(root: Path, shards: list[Shard], number: int) -> ShardRows:
     return ShardRows(first=first, rows=np.load(shards[number].next_to(root)[1], allow_pickle=False))
 
 
-def texts_of_shard(text: Path, rows: npt.NDArray[Any]) -> Iterator[bytes]:
-    """The documents of a shard's text file."""
-    with open(text, "rb") as file:
-        for size in rows["bytes"].tolist():
-            document = file.read(size)
-            assert len(document) == size, f"{text} is cut short"
-            yield document
+def texts_of(root: Path, shard: Shard, part: ShardRows) -> Iterator[bytes]:
+    """The documents of a shard.
+
+    Raises:
+        DataError: the file is not what was written.
+    """
+    path = shard.next_to(root)[0]
+    content = path.read_bytes()
+    if zlib.crc32(content) != shard.crc:
+        raise damaged(path)
+    ends = np.cumsum(part.rows["bytes"], dtype=np.int64).tolist()
+    start = 0
+    for end in ends:
+        yield content[start:end]
+        start = end
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write and bring to the disk; not atomic, what vouches for the file is written after it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def damaged(path: Path) -> DataError:
+    """The error for a file that is not what was written.
+
+    Nothing here is brought to the disk file by file (fsync), which would cost more than all the rest on a slow one: a
+    killed process loses nothing by that, and what a power cut spoils is found by its checksum.
+    """
+    return DataError(f"{path} was damaged since it was written, as by a power cut: the same command starts anew")
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write atomically."""
     beside = path.with_suffix(".tmp")
-    write_file(beside, json.dumps(values).encode())
+    beside.write_text(json.dumps(values))
     os.replace(beside, path)
 
 
@@ -170,4 +182,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         values: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise damaged(path) from error
     return values

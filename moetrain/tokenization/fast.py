@@ -73,10 +73,9 @@ def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _batches(encoding: Any, *, ids: npt.NDArray[np.uint32]) -> BatchEncoder:
-    nothing: frozenset[str] = frozenset()
-
     def encode_batch(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
-        return [ids[encoding.encode_to_numpy(text, disallowed_special=nothing)] for text in texts]
+        # not encode_to_numpy, which looks for special tokens even if there are none: half as fast
+        return [ids[np.array(encoding.encode_ordinary(text), dtype=np.intp)] for text in texts]
 
     return encode_batch
 
