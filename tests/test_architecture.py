@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "plan": {"config", "parallel.topology", "errors"},
     "model": {"moe", "parallel", "config", "errors"},
     "moe": {"parallel", "errors"},
-    "prepare": {"data", "sources", "tokenization", "errors"},
+    "prepare": {"data", "sources", "tokenization", "parallel.pool", "errors"},
     "sources": {"errors"},
     "tokenization": {"data", "errors"},
     "data": {"errors"},
@@ -51,7 +51,8 @@ MAY_IMPORT = {
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "sources",
             "tokenization", "errors", "checkpoint.store",
-            "checkpoint.certificate", "parallel.topology", "parallel.lifeline", "parallel.seeds", "train.schedule",
+            "checkpoint.certificate", "parallel.topology", "parallel.lifeline", "parallel.pool",
+            "parallel.seeds", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {

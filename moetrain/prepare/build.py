@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from moetrain.data.corpus import FORMAT_VERSION, TOKENIZER, Baselines, Meta, Source, file_sha256, write_meta
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
+from moetrain.prepare.dedup import mark_duplicates
 from moetrain.prepare.encoding import Encoding, Progress, encode_all, write_token_files
-from moetrain.prepare.shards import BASELINE_TEXT, SPOOL
+from moetrain.prepare.shards import BASELINE_TEXT, SPOOL, kept_of
 from moetrain.prepare.text import is_visible, nothing_to_read, texts_of
 from moetrain.sources.spool import (
     Shard,
@@ -98,6 +99,12 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     sources = tuple(_hash_sources(request.files, progress=progress))
     _begin_or_go_on(work, request, sources=sources)
     shards = _read(work, request, progress=progress)
+    duplicates: dict[str, int] = {}
+    if request.options.duplicates != "keep":
+        duplicates = mark_duplicates(
+            work, shards, near=request.options.duplicates == "near", similarity=request.options.similarity,
+            workers=request.options.workers, progress=progress,
+        )  # fmt: skip
     cut = _cut(work, shards, held_out=request.held_out)
     tokenizer = _tokenizer(work, shards, request=request, cut=cut, given=given, progress=progress)
     _baseline_texts(work, shards, cut=cut)
@@ -108,7 +115,7 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     written = write_token_files(work, out, progress=progress)
     seen = [(work / name).stat().st_size for name in BASELINE_TEXT]
     (out / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-    passed_over = dict(shards[-1].passed_over)
+    passed_over = shards[-1].passed_over | duplicates
     meta = Meta(
         format_version=FORMAT_VERSION,
         vocab_size=vocabulary_size(tokenizer),
@@ -218,7 +225,8 @@ def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
     assert 0 < held_out < 1, held_out
     smallest, largest, num_documents = 1 << 64, -1, 0
     for number in range(len(shards)):
-        places = rows_of(work / SPOOL, shards, number).rows["place"]
+        part = rows_of(work / SPOOL, shards, number)
+        places = part.rows["place"][kept_of(work, part)]
         if len(places):
             smallest, largest = min(smallest, int(places.min())), max(largest, int(places.max()))
             num_documents += len(places)
@@ -234,7 +242,11 @@ def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
 def _documents(work: Path, shards: list[Shard], number: int) -> Iterator[tuple[bytes, int]]:
     """The documents of a shard that are kept, each with its place."""
     part = rows_of(work / SPOOL, shards, number)
-    yield from zip(spooled_texts(work / SPOOL, shards[number], part), part.rows["place"].tolist(), strict=True)
+    kept = kept_of(work, part).tolist()
+    texts = spooled_texts(work / SPOOL, shards[number], part)
+    for document, place, keep in zip(texts, part.rows["place"].tolist(), kept, strict=True):
+        if keep:
+            yield document, place
 
 
 def _tokenizer(

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, file_sha256, open_prepared
 from moetrain.errors import DataError
+from moetrain.parallel.pool import WorkerLost
 from moetrain.prepare.build import LOCK, OUT, Options, Request, build_token_files, check_fits, source_sha256
 from moetrain.prepare.encoding import Progress
-from moetrain.prepare.pool import WorkerLost
 from moetrain.prepare.text import expand
 
 _HASH_LIMIT = 64 << 20  # bytes; larger sources are told apart by size and time of change, not by content

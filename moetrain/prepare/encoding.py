@@ -12,7 +12,7 @@ import numpy as np
 
 from moetrain.data.corpus import SPLITS, TOKENIZER, RoundTrip, Split, SplitWriter, token_dtype
 from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
-from moetrain.prepare.pool import Task, run_tasks
+from moetrain.parallel.pool import Task, run_tasks
 from moetrain.prepare.shards import ENCODED, SPOOL, Encoded, ShardEncoder, checksum, encoded_files, measure_baselines
 from moetrain.sources.spool import Shard, damaged, read_json, read_spool, rows_of, texts_of, write_json
 from moetrain.tokenization.fast import differs, fast_encoder, vocabulary_texts

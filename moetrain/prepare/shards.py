@@ -32,10 +32,11 @@ from moetrain.data.tokenizer import (
 )
 from moetrain.errors import DataError
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
-from moetrain.sources.spool import ShardRows, read_spool, rows_of, texts_of, write_json
+from moetrain.sources.duplicates import digests
+from moetrain.sources.spool import Shard, ShardRows, read_spool, rows_of, texts_of, write_json
 from moetrain.tokenization.fast import differs, fast_encoder
 
-SPOOL, ENCODED, DROPPED = "spool", "encoded", "dropped.npy"
+SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.npy"
 BASELINE_TEXT = ("baseline.train", "baseline.held_out")
 
 _SPOT_CHECK = 256  # one document of so many, by its place, is encoded both ways and decoded again
@@ -79,7 +80,7 @@ class ShardEncoder:
             OSError: the disk is full, or the like.
         """
         part = rows_of(self._directory / SPOOL, self._shards, number)
-        kept = _kept(self._directory, part)
+        kept = kept_of(self._directory, part)
         texts = texts_of(self._directory / SPOOL, self._shards[number], part)
         documents = [text.decode() for text, keep in zip(texts, kept, strict=True) if keep]
         rows = part.rows[kept]
@@ -139,7 +140,17 @@ def measure_baselines(directory: Path) -> dict[str, float]:
     return {"xz": xz_bits_per_byte(held_out), "trigram": trigram_bits_per_byte(train, held_out)}
 
 
-def _kept(directory: Path, part: ShardRows) -> npt.NDArray[np.bool_]:
+def digest_shard(directory: Path, shards: list[Shard], number: int) -> None:
+    """Put the MinHash of each document of a shard where it belongs among those of all."""
+    part = rows_of(directory / SPOOL, shards, number)
+    texts = [text.decode() for text in texts_of(directory / SPOOL, shards[number], part)]
+    found = np.load(directory / DIGESTS, mmap_mode="r+", allow_pickle=False)
+    found[part.first : part.first + len(texts)] = digests(texts)
+    found.flush()
+
+
+def kept_of(directory: Path, part: ShardRows) -> npt.NDArray[np.bool_]:
+    """[documents of the shard], False for duplicates."""
     if not (directory / DROPPED).exists():
         return np.ones(len(part.rows), dtype=np.bool_)
     dropped = np.load(directory / DROPPED, mmap_mode="r", allow_pickle=False)
@@ -151,11 +162,17 @@ class _Worker:
 
     def __init__(self) -> None:
         self._encoder: ShardEncoder | None = None
+        self._shards: list[Shard] | None = None
 
     def do(self, task: dict[str, Any]) -> dict[str, Any]:
         directory = Path(task["directory"])
         if task["what"] == "baselines":
             return measure_baselines(directory)
+        if task["what"] == "digest":
+            if self._shards is None:
+                self._shards = list(read_spool(directory / SPOOL))
+            digest_shard(directory, self._shards, task["shard"])
+            return {}
         if self._encoder is None:
             self._encoder = ShardEncoder(directory, cut=task["cut"], fast=task["fast"])
         return asdict(self._encoder.encode(task["shard"]))

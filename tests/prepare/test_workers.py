@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,10 +20,10 @@ from hypothesis import strategies as st
 from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import DataError
-from moetrain.prepare import encoding
+from moetrain.parallel.pool import WorkerLost, run_tasks
+from moetrain.prepare import dedup, encoding
 from moetrain.prepare.build import Options
 from moetrain.prepare.directory import prepare
-from moetrain.prepare.pool import WorkerLost, run_tasks
 from moetrain.sources import spool
 
 WORDS = ["the", " cat", "sat ", "\n", "é", "\U0001f600", " 1984", "<|endoftext|>", "  ", "ing"]
@@ -106,7 +107,7 @@ def test_every_document_comes_once_and_in_order_however_shards_fall(tmp_path_fac
 
 SCRIPT = """
 import sys
-from moetrain.prepare import encoding
+from moetrain.prepare import dedup, encoding
 from moetrain.sources import spool
 from moetrain.prepare.directory import prepare
 from moetrain.prepare.build import Options
@@ -240,3 +241,66 @@ def test_a_fault_in_a_worker_comes_through_as_what_it_is(tmp_path):
     task = {"what": "encode", "directory": str(tmp_path), "cut": 1, "fast": False, "shard": 0}
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer file"):
         list(run_tasks(iter([task]), module="moetrain.prepare.shards", workers=1))
+
+
+def documents_in(prepared: Prepared) -> list[str]:
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    return [
+        tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False)
+        for part in (prepared.train, prepared.held_out)
+        for piece in np.split(part.tokens, part.documents[1:])
+    ]
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_duplicates_and_lengths_are_left_out_and_counted(workers, tmp_path, monkeypatch):
+    pytest.importorskip("rensa")
+    if workers:
+        monkeypatch.setattr(encoding, "SMALL", 0)
+        monkeypatch.setattr(dedup, "SMALL", 0)
+    monkeypatch.setattr(spool, "SMALLEST", 3000)
+    long_ones = [" ".join(f"w{(seed * 7919 + n * n) % 9973}" for n in range(200)) for seed in range(12)]
+    similar = [f"{text} and a word more" for text in long_ones[:5]]
+    documents = [*long_ones, "x", *long_ones[3:9], *similar, "long " * 1000, " "]
+    text = write_rows(tmp_path / "rows.jsonl", documents)
+    limits = {"min_characters": 2, "max_characters": 4000, "workers": workers}
+    counts = {"min_characters": 1, "max_characters": 1}
+    for mode, expected, dropped in (
+        ("keep", [*long_ones, *long_ones[3:9], *similar], {}),
+        ("exact", [*long_ones, *similar], {"exact_duplicates": 6}),
+        ("near", long_ones, {"exact_duplicates": 6, "near_duplicates": 5}),
+    ):
+        prepared = run(tmp_path / mode, text, duplicates=mode, **limits)
+        assert sorted(documents_in(prepared)) == sorted(expected)
+        assert prepared.meta.dropped == counts | dropped
+        assert prepared.meta.empty_documents == 1
+
+
+def test_filters_that_leave_nothing_are_named(tmp_path):
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(5))
+    with pytest.raises(DataError, match=r"holds 5 documents, but the filters of prepare\.min_characters"):
+        run(tmp_path / "p", text, min_characters=10_000)
+
+
+@pytest.mark.parametrize("name", ["spool/000000.text", "encoded/000000.bin"])
+def test_work_that_was_damaged_meanwhile_is_found(name, tmp_path, tiny_shards):
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(300))
+
+    def damage(stage: str, done: int, total: int | None) -> None:
+        path = tmp_path / "p.partial-0" / name
+        if stage == "encode" and done == total and name.startswith("encoded"):
+            content = bytearray(path.read_bytes())
+            content[3] ^= 1
+            path.write_bytes(content)
+        if stage == "read" and done == total and name.startswith("spool") and path.exists():
+            content = bytearray(path.read_bytes())
+            content[3] ^= 1
+            path.write_bytes(content)
+
+    with pytest.raises(DataError, match="was damaged since it was written"):
+        prepare(
+            tmp_path / "p", text=[text], text_column="text", held_out=0.2, vocab_size=400, tokenizer=None,
+            progress=damage, options=Options(workers=2),
+        )  # fmt: skip
+    assert not (tmp_path / "p").exists()
+    run(tmp_path / "p", text)
