@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint import store
-from moetrain.prepare.text import expand, read_documents
 from moetrain.errors import CheckpointError
+from moetrain.prepare.text import expand, read_documents
 
 STEPS = 60
 LIMIT_SECONDS = 300

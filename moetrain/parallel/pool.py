@@ -49,17 +49,9 @@ def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[D
         OSError: a worker could not read or write.
         RuntimeError: a worker failed otherwise.
     """
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     results: queue.Queue[Done | BaseException | None] = queue.Queue()
     lock = threading.Lock()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            # an interrupt from the terminal is this process's to handle
-            start_new_session=True,
-        )
-        for _ in range(workers)
-    ]  # fmt: skip
+    processes = [_start(module) for _ in range(workers)]
 
     def serve(process: subprocess.Popen[str]) -> None:
         try:
@@ -88,16 +80,29 @@ def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[D
             else:
                 yield result
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for thread in threads:
-            thread.join(timeout=5)
-        for process in processes:
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):  # a task that the killed worker did not read
-                    pipe.close()
+        _stop(processes, threads)
+
+
+def _start(module: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        # an interrupt from the terminal is this process's to handle
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _stop(processes: list[subprocess.Popen[str]], threads: list[threading.Thread]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+    for thread in threads:
+        thread.join(timeout=5)
+    for process in processes:
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # a task that the killed worker did not read
+                pipe.close()
 
 
 def _ask(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:

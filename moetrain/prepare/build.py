@@ -7,6 +7,7 @@ up to a limit what the baselines and the tokenizer look at.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,8 +22,9 @@ from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, tr
 from moetrain.errors import DataError
 from moetrain.prepare.dedup import mark_duplicates
 from moetrain.prepare.encoding import Encoding, Progress, encode_all, write_token_files
-from moetrain.prepare.shards import BASELINE_TEXT, SPOOL, kept_of
-from moetrain.prepare.text import is_visible, nothing_to_read, texts_of
+from moetrain.prepare.shards import BASELINE_TEXT, PLAN, SPOOL, kept_of, text_reader
+from moetrain.prepare.text import Input, files_of, is_tokenized, is_visible, nothing_to_read, records_of
+from moetrain.sources.hub import HubDataset, identity
 from moetrain.sources.spool import (
     Shard,
     SpoolWriter,
@@ -70,7 +72,7 @@ class Options:
 class Request:
     """What ``prepare`` was asked for."""
 
-    files: list[Path]
+    inputs: list[Input]
     text_column: str
     held_out: float
     vocab_size: int
@@ -94,9 +96,11 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     """
     # The given tokenizer first: a fault there should not wait for the text to be read.
     given = None if request.tokenizer is None else load_tokenizer(Path(request.tokenizer))
+    if is_tokenized(request.inputs[0]):
+        _refuse_for_tokens(request)
     if given is not None:
         check_fits(vocabulary_size(given), what=f"the tokenizer {request.tokenizer}", vocab_size=request.vocab_size)
-    sources = tuple(_hash_sources(request.files, progress=progress))
+    sources = tuple(_hash_sources(request.inputs, progress=progress))
     _begin_or_go_on(work, request, sources=sources)
     shards = _read(work, request, progress=progress)
     duplicates: dict[str, int] = {}
@@ -138,11 +142,35 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     write_meta(out, meta=meta)
 
 
-def _hash_sources(files: list[Path], *, progress: Progress) -> Iterator[Source]:
-    sizes = [path.stat().st_size for path in files]
-    for number, path in enumerate(files):
-        progress("hash", sum(sizes[: number + 1]), sum(sizes))
-        yield Source(name=path.name, size=sizes[number], sha256=source_sha256(path))
+def _refuse_for_tokens(request: Request) -> None:
+    options = request.options
+    if request.tokenizer is None:
+        raise DataError(
+            f"{request.inputs[0]} holds token ids, so data.tokenizer must name the tokenizer that made them"
+        )
+    if options.min_characters > 1 or options.max_characters is not None or options.duplicates == "near":
+        raise DataError(
+            f"{request.inputs[0]} holds token ids, not text: leave prepare.min_characters and prepare.max_characters "
+            "as they are, and prepare.duplicates at keep or exact"
+        )
+
+
+def _hash_sources(inputs: list[Input], *, progress: Progress) -> Iterator[Source]:
+    total = sum(path.stat().st_size for source in inputs for path in files_of(source))
+    done = 0
+    for source in inputs:
+        if isinstance(source, HubDataset):
+            yield Source(name=str(source), size=0, sha256=hub_sha256(source))
+        for path in files_of(source):
+            size = path.stat().st_size
+            done += size
+            progress("hash", done, total)
+            yield Source(name=path.name, size=size, sha256=source_sha256(path))
+
+
+def hub_sha256(dataset: HubDataset) -> str:
+    """sha256 of what identifies the content of a dataset."""
+    return hashlib.sha256(f"{dataset} {identity(dataset)}".encode()).hexdigest()
 
 
 def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[Source, ...]) -> None:
@@ -154,70 +182,86 @@ def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[Source, ...]
         "held_out": request.held_out,
         "vocab_size": request.vocab_size,
         "tokenizer": None if request.tokenizer is None else file_sha256(Path(request.tokenizer)),
+        "tokenized": is_tokenized(request.inputs[0]),
         **request.options.covered(),
     }
-    if read_json(work / "plan.json") != plan:
+    if read_json(work / PLAN) != plan:
         for path in work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != LOCK:
                 path.unlink()
-        write_json(work / "plan.json", plan)
+        write_json(work / PLAN, plan)
 
 
 def _read(work: Path, request: Request, *, progress: Progress) -> list[Shard]:
     """Spool what is not spooled."""
-    root, options = work / SPOOL, request.options
-    spool = SpoolWriter.resume(root)
+    spool = SpoolWriter.resume(work / SPOOL)
     if (work / _READ).exists():
         return spool.shards
-    before = [_stamp(path) for path in request.files]
-    sizes = [path.stat().st_size for path in request.files]
-    told = 0
+    before = _stamps(request)
+    sizes = [sum(path.stat().st_size for path in files_of(source)) for source in request.inputs]
+    total = None if any(isinstance(source, HubDataset) for source in request.inputs) else sum(sizes)
     first, skip = spool.position
-    for number in range(first, len(request.files)):
-        begun = sum(sizes[:number])
-        position = 0
+    for number in range(first, len(request.inputs)):
 
-        def tell(read: int) -> None:
-            nonlocal position
-            position = read
+        def tell(position: int, *, number: int = number) -> None:
+            read = sum(sizes[:number]) + min(position, sizes[number])
+            progress("read", spool.num_bytes if total is None else read, total)
 
-        for row, text in enumerate(
-            texts_of(request.files[number], text_column=request.text_column, tell=tell), start=1
-        ):
-            if row <= skip:
-                continue
-            if not is_visible(text):
-                spool.pass_over("empty")
-            elif len(text) < options.min_characters:
-                spool.pass_over("min_characters")
-            elif options.max_characters is not None and len(text) > options.max_characters:
-                spool.pass_over("max_characters")
-            else:
-                spool.add(text.encode(), source=number, row=row)
-            if spool.num_bytes - told >= _TELL_EVERY:
-                told = spool.num_bytes
-                progress("read", begun + min(position, sizes[number]), sum(sizes))
+        _spool_input(spool, request, number=number, skip=skip, tell=tell)
         skip = 0
-        progress("read", begun + sizes[number], sum(sizes))
-    if [_stamp(path) for path in request.files] != before:
+        tell(sizes[number])
+    if _stamps(request) != before:
         raise DataError("the files of data.text changed while they were read: start again when they are still")
-    spool.flush(source=len(request.files), row=0)
-    _refuse_nothing(request.files, spool)
+    spool.flush(source=len(request.inputs), row=0)
+    _refuse_nothing(request.inputs, spool)
     write_json(work / _READ, {"finished": True})
     return spool.shards
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _spool_input(spool: SpoolWriter, request: Request, *, number: int, skip: int, tell: Callable[[int], None]) -> None:
+    source, options = request.inputs[number], request.options
+    is_text = not is_tokenized(source)
+    position, told = 0, spool.num_bytes
+
+    def note(read: int) -> None:
+        nonlocal position
+        position = read
+
+    for row, document in enumerate(records_of(source, text_column=request.text_column, tell=note), start=1):
+        if row <= skip:
+            continue
+        reason = _why_not(document.decode(), options) if is_text else "" if document else "empty"
+        if reason:
+            spool.pass_over(reason)
+        else:
+            spool.add(document, source=number, row=row)
+        if spool.num_bytes - told >= _TELL_EVERY:
+            told = spool.num_bytes
+            tell(position)
 
 
-def _refuse_nothing(files: list[Path], spool: SpoolWriter) -> None:
+def _why_not(text: str, options: Options) -> str:
+    """Why a document is not taken; empty if it is."""
+    if not is_visible(text):
+        return "empty"
+    if len(text) < options.min_characters:
+        return "min_characters"
+    if options.max_characters is not None and len(text) > options.max_characters:
+        return "max_characters"
+    return ""
+
+
+def _stamps(request: Request) -> list[tuple[int, int]]:
+    statuses = [path.stat() for source in request.inputs for path in files_of(source)]
+    return [(status.st_size, status.st_mtime_ns) for status in statuses]
+
+
+def _refuse_nothing(inputs: list[Input], spool: SpoolWriter) -> None:
     if spool.shards[-1].documents == 0:
         empty = spool.passed_over.get("empty", 0)
-        raise nothing_to_read(files, num_empty=empty, num_other=sum(spool.passed_over.values()) - empty)
+        raise nothing_to_read(inputs, num_empty=empty, num_other=sum(spool.passed_over.values()) - empty)
 
 
 def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
@@ -279,13 +323,14 @@ def _training_documents(work: Path, shards: list[Shard], *, cut: int, progress: 
 
 def _baseline_texts(work: Path, shards: list[Shard], *, cut: int) -> None:
     """Put the beginnings of both parts of the text where the baselines are measured."""
+    text_of = text_reader(work)
     texts = (bytearray(), bytearray())
     for number in range(len(shards)):
         if all(len(text) >= limit for text, limit in zip(texts, BASELINE_LIMITS, strict=True)):
             break
         for document, place in _documents(work, shards, number):
             part = 1 if place < cut else 0
-            texts[part].extend(document[: BASELINE_LIMITS[part] - len(texts[part])])
+            texts[part].extend(text_of(document)[: BASELINE_LIMITS[part] - len(texts[part])])
     for name, text in zip(BASELINE_TEXT, texts, strict=True):
         (work / name).write_bytes(text)
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, file_sha256, open_prepared
 from moetrain.errors import DataError
 from moetrain.parallel.pool import WorkerLost
-from moetrain.prepare.build import LOCK, OUT, Options, Request, build_token_files, check_fits, source_sha256
+from moetrain.prepare.build import LOCK, OUT, Options, Request, build_token_files, check_fits, hub_sha256, source_sha256
 from moetrain.prepare.encoding import Progress
-from moetrain.prepare.text import expand
+from moetrain.prepare.text import Input, files_of, inputs
+from moetrain.sources.hub import HubDataset
 
 _HASH_LIMIT = 64 << 20  # bytes; larger sources are told apart by size and time of change, not by content
 
@@ -49,7 +50,7 @@ def prepared_directory(
         raise DataError(f"data.tokenizer is {tokenizer!r}, but there is no such file: name a tokenizer.json")
     covered = {
         "format_version": FORMAT_VERSION,
-        "sources": [_source_key(path) for path in expand(text)],
+        "sources": [key for source in inputs(text) for key in _source_keys(source)],
         "text_column": text_column,
         "held_out": held_out,
         "vocab_size": vocab_size,
@@ -96,7 +97,7 @@ def prepare(
     if (directory / META).exists():
         return _fitting(open_prepared(directory), vocab_size=vocab_size)
     request = Request(
-        files=expand(text),
+        inputs=inputs(text),
         text_column=text_column,
         held_out=held_out,
         vocab_size=vocab_size,
@@ -105,16 +106,7 @@ def prepare(
     )
     _refuse_foreign(directory)
     try:
-        with _directory_of_work(directory) as work:
-            try:
-                build_token_files(work, request, progress=progress, say=say)
-                _commit(work / OUT, directory)
-            except DataError as error:
-                if not isinstance(error, WorkerLost):  # else the next start goes on, as after an interrupt
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            shutil.rmtree(work, ignore_errors=True)
-        _sweep(directory)
+        _make(directory, request, progress=progress, say=say)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
@@ -125,9 +117,28 @@ def prepare(
     return _fitting(open_prepared(directory), vocab_size=vocab_size)
 
 
+def _make(directory: Path, request: Request, *, progress: Progress, say: Callable[[str], None]) -> None:
+    with _directory_of_work(directory) as work:
+        try:
+            build_token_files(work, request, progress=progress, say=say)
+            _commit(work / OUT, directory)
+        except DataError as error:
+            if not isinstance(error, WorkerLost):  # else the next start goes on, as after an interrupt
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+    _sweep(directory)
+
+
 def _fitting(prepared: Prepared, *, vocab_size: int) -> Prepared:
     check_fits(prepared.vocab_size, what=f"the prepared directory {prepared.directory}", vocab_size=vocab_size)
     return prepared
+
+
+def _source_keys(source: Input) -> list[list[str | int]]:
+    if isinstance(source, HubDataset):
+        return [[hub_sha256(source)]]
+    return [_source_key(path) for path in files_of(source)]
 
 
 def _source_key(path: Path) -> list[str | int]:

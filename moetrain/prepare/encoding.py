@@ -13,7 +13,16 @@ import numpy as np
 from moetrain.data.corpus import SPLITS, TOKENIZER, RoundTrip, Split, SplitWriter, token_dtype
 from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
 from moetrain.parallel.pool import Task, run_tasks
-from moetrain.prepare.shards import ENCODED, SPOOL, Encoded, ShardEncoder, checksum, encoded_files, measure_baselines
+from moetrain.prepare.shards import (
+    ENCODED,
+    SPOOL,
+    Encoded,
+    ShardEncoder,
+    checksum,
+    encoded_files,
+    is_tokenized,
+    measure_baselines,
+)
 from moetrain.sources.spool import Shard, damaged, read_json, read_spool, rows_of, texts_of, write_json
 from moetrain.tokenization.fast import differs, fast_encoder, vocabulary_texts
 
@@ -53,7 +62,7 @@ def encode_all(work: Path, encoding: Encoding, *, progress: Progress, say: Calla
     (work / ENCODED).mkdir(exist_ok=True)
     num_bytes = shards[-1].bytes
     is_small = num_bytes < SMALL
-    fast = encoding.fast and not is_small and _choose_fast(work, shards, say=say)
+    fast = encoding.fast and not is_small and not is_tokenized(work) and _choose_fast(work, shards, say=say)
     pending = [shard for shard in shards if not encoded_files(work, shard.number)[2].exists()]
     if is_small:
         return _encode_here(work, encoding, pending=pending, num_bytes=num_bytes, progress=progress)

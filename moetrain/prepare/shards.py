@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from moetrain.data.tokenizer import (
 from moetrain.errors import DataError
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.sources.duplicates import digests
-from moetrain.sources.spool import Shard, ShardRows, read_spool, rows_of, texts_of, write_json
+from moetrain.sources.spool import Shard, ShardRows, read_json, read_spool, rows_of, texts_of, write_json
 from moetrain.tokenization.fast import differs, fast_encoder
 
 SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.npy"
+PLAN = "plan.json"
 BASELINE_TEXT = ("baseline.train", "baseline.held_out")
 
 _SPOT_CHECK = 256  # one document of so many, by its place, is encoded both ways and decoded again
@@ -70,6 +72,7 @@ class ShardEncoder:
         self._shards = list(read_spool(directory / SPOOL))
         self._tokenizer = load_tokenizer(directory / TOKENIZER)
         self._fast = fast_encoder(self._tokenizer).encode if fast else None
+        self._is_tokenized = is_tokenized(directory)
         self._end = np.array([end_of_text(self._tokenizer)], dtype=np.uint32)
         self._dtype = token_dtype(vocabulary_size(self._tokenizer))
 
@@ -82,31 +85,56 @@ class ShardEncoder:
         part = rows_of(self._directory / SPOOL, self._shards, number)
         kept = kept_of(self._directory, part)
         texts = texts_of(self._directory / SPOOL, self._shards[number], part)
-        documents = [text.decode() for text, keep in zip(texts, kept, strict=True) if keep]
         rows = part.rows[kept]
+        records = [text for text, keep in zip(texts, kept, strict=True) if keep]
+        if self._is_tokenized:
+            return self._take_ids(number, rows=rows, records=records)
+        documents = [record.decode() for record in records]
         ids = [one.ids for one in encode(self._fast or batch_encoder(self._tokenizer), documents)]
         tried = [index for index, place in enumerate(rows["place"].tolist()) if place % _SPOT_CHECK == 0]
         if self._fast is not None and differs(self._tokenizer, self._fast, [documents[index] for index in tried]):
             nothing = (0, 0)
             return Encoded(nothing, nothing, nothing, tried=0, same=0, crc=0, same_ids=False)
         same = sum(self._decode(ids[index]) == documents[index] for index in tried)
-        return self._write(number, rows=rows, ids=ids, tried=len(tried), same=same)
+        sizes = rows["bytes"].astype(np.int64)
+        return self._write(number, places=rows["place"], sizes=sizes, ids=ids, tried=len(tried), same=same)
+
+    def _take_ids(self, number: int, *, rows: npt.NDArray[Any], records: list[bytes]) -> Encoded:
+        ids = [np.frombuffer(record, dtype="<u4") for record in records]
+        limit = vocabulary_size(self._tokenizer)
+        largest = max((int(one.max()) for one in ids), default=0)
+        if largest >= limit:
+            raise DataError(
+                f"data.text holds the token id {largest:,}, but data.tokenizer has ids below {limit:,}: it is not the "
+                "tokenizer that made these token files"
+            )
+        ids = [one[:-1] if one[-1] == self._end[0] else one for one in ids]
+        text_of = text_reader(self._directory)
+        sizes = np.array([len(text_of(one.tobytes())) for one in ids], dtype=np.int64)
+        return self._write(number, places=rows["place"], sizes=sizes, ids=ids, tried=0, same=0)
 
     def _write(
-        self, number: int, *, rows: npt.NDArray[Any], ids: list[npt.NDArray[np.uint32]], tried: int, same: int
+        self,
+        number: int,
+        *,
+        places: npt.NDArray[np.uint64],
+        sizes: npt.NDArray[np.int64],
+        ids: list[npt.NDArray[np.uint32]],
+        tried: int,
+        same: int,
     ) -> Encoded:
-        held_out = rows["place"] < self._cut
+        held_out = places < self._cut
         train = ~held_out
         order = [*np.flatnonzero(train).tolist(), *np.flatnonzero(held_out).tolist()]
         pieces = [piece for index in order for piece in (ids[index], self._end)] or [self._end[:0]]
         tokens = np.concatenate(pieces).astype(self._dtype)
         lengths = np.array([len(ids[index]) + 1 for index in order], dtype=np.uint32)
         num_train = int(train.sum())
-        train_tokens, train_bytes = int(lengths[:num_train].sum()), int(rows["bytes"][train].sum())
+        train_tokens, train_bytes = int(lengths[:num_train].sum()), int(sizes[train].sum())
         result = Encoded(
             documents=(num_train, len(order) - num_train),
             tokens=(train_tokens, len(tokens) - train_tokens),
-            bytes=(train_bytes, int(rows["bytes"].sum()) - train_bytes),
+            bytes=(train_bytes, int(sizes.sum()) - train_bytes),
             tried=tried,
             same=same,
             crc=checksum(tokens, lengths),
@@ -121,6 +149,26 @@ class ShardEncoder:
     def _decode(self, ids: npt.NDArray[np.uint32]) -> str:
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         return text
+
+
+def is_tokenized(directory: Path) -> bool:
+    """Whether the spool of a directory of work holds token ids, not text."""
+    plan = read_json(directory / PLAN)
+    return plan is not None and bool(plan["tokenized"])
+
+
+def text_reader(directory: Path) -> Callable[[bytes], bytes]:
+    """From a document of the spool to its UTF-8 text."""
+    if not is_tokenized(directory):
+        return lambda record: record
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+
+    def decode(record: bytes) -> bytes:
+        ids = np.frombuffer(record, dtype="<u4").tolist()
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text.encode()
+
+    return decode
 
 
 def encoded_files(directory: Path, number: int) -> tuple[Path, Path, Path]:

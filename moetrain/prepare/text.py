@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.errors import DataError
+from moetrain.sources import hub, megatron
 from moetrain.sources.files import (
     Tell,
     csv_columns,
@@ -21,10 +22,62 @@ from moetrain.sources.files import (
     parquet_values,
     read_text,
 )
+from moetrain.sources.hub import HubDataset
 
 BUILTIN = {"sotu": Path(__file__).parent / "corpora" / "sotu.jsonl.xz"}
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".idx")
 COMPRESSIONS = (".gz", ".xz", ".zst")
+
+
+Input = Path | HubDataset
+"""What text is read from: a file, or a dataset of the hub."""
+
+
+def inputs(patterns: Sequence[str]) -> list[Input]:
+    """What ``data.text`` names: files as ``expand`` gives them, then the datasets (``hf:``) in the order given.
+
+    Raises:
+        DataError: a pattern names nothing that can be read, or text and token files are mixed.
+    """
+    datasets = list(dict.fromkeys(hub.parse(pattern) for pattern in patterns if pattern.startswith(hub.PREFIX)))
+    others = [pattern for pattern in patterns if not pattern.startswith(hub.PREFIX)]
+    found: list[Input] = [*(expand(others) if others or not datasets else []), *datasets]
+    tokenized = [one for one in found if is_tokenized(one)]
+    if tokenized and len(tokenized) < len(found):
+        other = next(one for one in found if not is_tokenized(one))
+        raise DataError(f"data.text names token files ({tokenized[0]}) and text ({other}): prepare them as two sources")
+    return found
+
+
+def is_tokenized(source: Input) -> bool:
+    """Whether it holds token ids (Megatron's files), not text."""
+    return isinstance(source, Path) and _format(source) == ".idx"
+
+
+def records_of(source: Input, *, text_column: str, tell: Tell) -> Iterator[bytes]:
+    """Every document of an input: UTF-8, or token ids as little-endian uint32 where it ``is_tokenized``.
+
+    Raises:
+        DataError: as ``read_documents``.
+    """
+    if isinstance(source, HubDataset):
+        for number, row in enumerate(hub.rows(source), start=1):
+            _require_column(text_column, row, where=f"{source}, row {number:,}")
+            yield _checked(row[text_column], text_column=text_column, path=source, number=number).encode()
+    elif is_tokenized(source):
+        for ids in megatron.documents(source):
+            yield ids.astype("<u4").tobytes()
+        tell(source.stat().st_size)
+    else:
+        for text in texts_of(source, text_column=text_column, tell=tell):
+            yield text.encode()
+
+
+def files_of(source: Input) -> list[Path]:
+    """The files that an input is made of."""
+    if isinstance(source, HubDataset):
+        return []
+    return [source, megatron.bin_of(source)] if is_tokenized(source) else [source]
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -52,6 +105,9 @@ def _expand_one(pattern: str) -> list[Path]:
             raise DataError(f"data.text names {pattern!r}, but the corpora that ship with moetrain are: {known}")
         return [BUILTIN[name]]
     path = Path(pattern).expanduser().absolute()
+    index = path.with_suffix(".idx") if path.suffix == ".bin" else path.with_name(f"{path.name}.idx")
+    if index.is_file() and not path.is_dir() and _format(path) is None:
+        return [index]  # Megatron's files, named as it names them: by what both have in common
     if path.is_file():
         if _format(path) is None:
             raise DataError(f"{path} is of an unknown kind: data.text reads files that end in {_suffixes()}")
@@ -142,7 +198,7 @@ def texts_of(path: Path, *, text_column: str, tell: Tell = _told_nothing) -> Ite
     if not path.is_file():
         raise DataError(f"{path} is not a file: data.text must name files that exist")
     known = _format(path)
-    if known is None:
+    if known is None or known == ".idx":
         raise DataError(f"{path} is of an unknown kind: data.text reads files that end in {_suffixes()}")
     try:
         if known == ".txt":
@@ -188,7 +244,7 @@ def _plain_text(text: str, *, path: Path) -> str:
     return text
 
 
-def _checked(value: Any, *, text_column: str, path: Path, number: int) -> str:
+def _checked(value: Any, *, text_column: str, path: Input, number: int) -> str:
     if isinstance(value, str):
         try:
             value.isascii() or value.encode()
@@ -217,10 +273,12 @@ def _format(path: Path) -> str | None:
     """The one of ``FORMATS`` that the file's name tells, or None."""
     name = path.name.lower()
     for known in FORMATS:
-        if name.endswith(known) or (known != ".parquet" and name.endswith(tuple(known + c for c in COMPRESSIONS))):
+        if name.endswith(known) or (
+            known not in (".parquet", ".idx") and name.endswith(tuple(known + c for c in COMPRESSIONS))
+        ):
             return known
     return None
 
 
 def _suffixes() -> str:
-    return f"{', '.join(FORMATS)} (all but .parquet also with {', '.join(COMPRESSIONS)} after it)"
+    return f"{', '.join(FORMATS)} (all but .parquet and .idx also with {', '.join(COMPRESSIONS)} after it)"
