@@ -68,7 +68,8 @@ def bare(corpus: Path, tokenizer: Path, out: Path, workers: int) -> dict[str, fl
     from moetrain.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    documents = [json.loads(line)["text"] for line in open(corpus, encoding="utf-8")]
+    with open(corpus, encoding="utf-8") as lines:
+        documents = [json.loads(line)["text"] for line in lines]
     watch = Watch()
     tokens = 0
     for start in range(0, len(documents), 500):

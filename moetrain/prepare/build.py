@@ -33,6 +33,7 @@ from moetrain.sources.spool import (
     write_json,
 )
 from moetrain.sources.spool import texts_of as spooled_texts
+from moetrain.tokenization.formats import read_tokenizer, tokenizer_files
 
 OUT = "out"
 """The directory inside the directory of work that becomes the prepared one."""
@@ -95,7 +96,7 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
         OSError: the directory cannot be written.
     """
     # The given tokenizer first: a fault there should not wait for the text to be read.
-    given = None if request.tokenizer is None else load_tokenizer(Path(request.tokenizer))
+    given = None if request.tokenizer is None else read_tokenizer(Path(request.tokenizer))
     if is_tokenized(request.inputs[0]):
         _refuse_for_tokens(request)
     if given is not None:
@@ -117,6 +118,8 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     out = work / OUT
     out.mkdir(exist_ok=True)
     written = write_token_files(work, out, progress=progress)
+    found = written.round_trip
+    assert given is not None or found.same == found.tried, f"a byte-level tokenizer lost text: {found}"
     seen = [(work / name).stat().st_size for name in BASELINE_TEXT]
     (out / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     passed_over = shards[-1].passed_over | duplicates
@@ -181,7 +184,7 @@ def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[Source, ...]
         "text_column": request.text_column,
         "held_out": request.held_out,
         "vocab_size": request.vocab_size,
-        "tokenizer": None if request.tokenizer is None else file_sha256(Path(request.tokenizer)),
+        "tokenizer": None if request.tokenizer is None else tokenizer_sha256(Path(request.tokenizer)),
         "tokenized": is_tokenized(request.inputs[0]),
         **request.options.covered(),
     }
@@ -303,7 +306,12 @@ def _tokenizer(
     tokenizer = given
     if tokenizer is None:
         documents = _training_documents(work, shards, cut=cut, progress=progress)
-        tokenizer = train_tokenizer(documents, vocab_size=request.vocab_size)
+        tokenizer = train_tokenizer(
+            documents,
+            vocab_size=request.vocab_size,
+            kind=request.options.tokenizer_kind,
+            special_tokens=request.options.special_tokens,
+        )
     beside = path.with_suffix(".tmp")
     beside.write_text(tokenizer.to_str(), encoding="utf-8")
     os.replace(beside, path)
@@ -351,6 +359,16 @@ def check_fits(entries: int, *, what: str, vocab_size: int) -> None:
             f"{what} has {entries:,} token ids, but model.vocab_size is {vocab_size:,}, and each id needs a row of the "
             f"embedding: set model.vocab_size={entries}"
         )
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """Digest of the files that a tokenizer is made of.
+
+    Raises:
+        DataError: there is no such tokenizer.
+    """
+    digests = [file_sha256(file) for file in tokenizer_files(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def source_sha256(path: Path) -> str:

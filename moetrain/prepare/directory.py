@@ -14,10 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, file_sha256, open_prepared
+from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, open_prepared
 from moetrain.errors import DataError
 from moetrain.parallel.pool import WorkerLost
-from moetrain.prepare.build import LOCK, OUT, Options, Request, build_token_files, check_fits, hub_sha256, source_sha256
+from moetrain.prepare.build import (
+    LOCK,
+    OUT,
+    Options,
+    Request,
+    build_token_files,
+    check_fits,
+    hub_sha256,
+    source_sha256,
+    tokenizer_sha256,
+)
 from moetrain.prepare.encoding import Progress
 from moetrain.prepare.text import Input, files_of, inputs
 from moetrain.sources.hub import HubDataset
@@ -46,15 +56,13 @@ def prepared_directory(
     """
     if not name or "/" in name:
         raise DataError(f"data.name is {name!r}, but it becomes part of a directory's name: write one word without '/'")
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise DataError(f"data.tokenizer is {tokenizer!r}, but there is no such file: name a tokenizer.json")
     covered = {
         "format_version": FORMAT_VERSION,
         "sources": [key for source in inputs(text) for key in _source_keys(source)],
         "text_column": text_column,
         "held_out": held_out,
         "vocab_size": vocab_size,
-        "tokenizer": None if tokenizer is None else file_sha256(Path(tokenizer)),
+        "tokenizer": None if tokenizer is None else tokenizer_sha256(Path(tokenizer)),
         **options.covered(),
     }
     digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()

@@ -41,7 +41,8 @@ SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.n
 PLAN = "plan.json"
 BASELINE_TEXT = ("baseline.train", "baseline.held_out")
 
-_SPOT_CHECK = 256  # one document of so many, by its place, is encoded both ways and decoded again
+_SPOT_CHECK, _SPOT_CHECK_FEW, _FEW = 256, 8, 16 << 20
+# one document of so many, by its place, is encoded both ways and decoded again; the second number for few bytes of text
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ShardEncoder:
         self._shards = list(read_spool(directory / SPOOL))
         self._tokenizer = load_tokenizer(directory / TOKENIZER)
         self._fast = fast_encoder(self._tokenizer).encode if fast else None
+        self._one_of = _SPOT_CHECK if self._shards[-1].bytes > _FEW else _SPOT_CHECK_FEW
         self._is_tokenized = is_tokenized(directory)
         self._end = np.array([end_of_text(self._tokenizer)], dtype=np.uint32)
         self._dtype = token_dtype(vocabulary_size(self._tokenizer))
@@ -91,7 +93,7 @@ class ShardEncoder:
             return self._take_ids(number, rows=rows, records=records)
         documents = [record.decode() for record in records]
         ids = [one.ids for one in encode(self._fast or batch_encoder(self._tokenizer), documents)]
-        tried = [index for index, place in enumerate(rows["place"].tolist()) if place % _SPOT_CHECK == 0]
+        tried = [index for index, place in enumerate(rows["place"].tolist()) if place % self._one_of == 0]
         if self._fast is not None and differs(self._tokenizer, self._fast, [documents[index] for index in tried]):
             nothing = (0, 0)
             return Encoded(nothing, nothing, nothing, tried=0, same=0, crc=0, same_ids=False)

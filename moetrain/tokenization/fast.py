@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from moetrain.data.tokenizer import BatchEncoder, batch_encoder
+from moetrain.tokenization.bytelevel import BYTE_OF
 
 # As tiktoken writes GPT-2's pattern; the same words as tokenizers' ByteLevel finds, without going back.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -112,21 +113,13 @@ def _pattern(splitter: dict[str, Any] | None) -> str | None:
 def _ranks(content: dict[str, Any]) -> tuple[dict[bytes, int], npt.NDArray[np.uint32]]:
     """What tiktoken ranks texts by, the order of the merges, and the id of each rank."""
     vocab: dict[str, int] = content["model"]["vocab"]
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
     ranks: dict[bytes, int] = {}
     ids: list[int] = []
     merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"])
-    for text in [*byte_of, *("".join(pair) for pair in merges)]:
-        if text in vocab and all(character in byte_of for character in text):
-            data = bytes(byte_of[character] for character in text)
+    for text in [*BYTE_OF, *("".join(pair) for pair in merges)]:
+        if text in vocab and all(character in BYTE_OF for character in text):
+            data = bytes(BYTE_OF[character] for character in text)
             if data not in ranks:
                 ranks[data] = len(ids)
                 ids.append(vocab[text])
     return ranks, np.array(ids, dtype=np.uint32)
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al. 2019, encoder.py)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]

@@ -362,5 +362,5 @@ def test_a_name_that_is_a_path_and_a_tokenizer_that_is_missing_are_refused(text,
     for name in ("a/b", ""):
         with pytest.raises(DataError, match=r"data\.name is"):
             name_of(tmp_path, text, name=name)
-    with pytest.raises(DataError, match=r"data\.tokenizer is 'gone\.json'"):
+    with pytest.raises(DataError, match=r"data\.tokenizer is 'gone\.json', which is not there"):
         name_of(tmp_path, text, tokenizer="gone.json")
