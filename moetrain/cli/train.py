@@ -40,8 +40,8 @@ examples:
     "prepare": """usage: moetrain prepare [key=value …] [--config-dir DIR]
 
 Reads data.text, trains the tokenizer (or takes data.tokenizer) and writes token files to data.prepared
-(prepared/NAME-DIGEST), on all cores. What is there already is not made again; after a crash or an interrupt the same
-command goes on where it was.
+(prepared/NAME-DIGEST), on all cores. What is there already is not made again but compared with its digests; after a
+crash or an interrupt the same command goes on where it was.
 
 examples:
   moetrain prepare
@@ -97,7 +97,7 @@ def prepare(words: Sequence[str]) -> int:
     run, _ = settings(Words.read(words))
     from moetrain.report.screen import prepared_text
 
-    directory, prepared = _prepared(run)
+    directory, prepared = _prepared(run, verify=True)
     print(prepared_text(directory, prepared))
     return 0
 
@@ -156,7 +156,7 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     return run
 
 
-def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
+def _prepared(run: RunConfig, *, verify: bool = False) -> tuple[Path, Prepared]:
     """The token files of a run, made now if they are not there."""
     from moetrain.metrics.console import StageBars
     from moetrain.prepare.build import Options
@@ -169,7 +169,7 @@ def _prepared(run: RunConfig) -> tuple[Path, Prepared]:
     what["options"] = Options(**asdict(run.prepare) | {"special_tokens": tuple(run.prepare.special_tokens)})
     directory = Path(data.prepared) if data.prepared else prepared_directory(Path("prepared"), name=data.name, **what)
     with StageBars("prepare") as bars:
-        return directory, make(directory, progress=bars, say=bars.say, **what)
+        return directory, make(directory, progress=bars, say=bars.say, verify=verify, **what)
 
 
 def _baselines(run: RunConfig) -> Baselines:

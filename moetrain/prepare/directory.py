@@ -80,6 +80,7 @@ def prepare(
     progress: Progress,
     say: Callable[[str], None] = print,
     options: Options = Options(),  # noqa: B008 (it is frozen)
+    verify: bool = False,
 ) -> Prepared:
     """Make the token files, unless they are there.
 
@@ -97,13 +98,14 @@ def prepare(
         progress: see ``build.build_token_files``.
         say: called with a line for the user.
         options: what of the documents is taken, and how the work is done.
+        verify: of a directory that is whole already, compare every file with its digest.
 
     Raises:
         DataError: the text cannot be read or has fewer than two different documents, the tokenizer does not fit, the
             directory holds other things, or the disk is full.
     """
     if (directory / META).exists():
-        return _fitting(open_prepared(directory), vocab_size=vocab_size)
+        return _fitting(open_prepared(directory, verify=verify), vocab_size=vocab_size)
     request = Request(
         inputs=inputs(text),
         text_column=text_column,

@@ -364,3 +364,13 @@ def test_a_name_that_is_a_path_and_a_tokenizer_that_is_missing_are_refused(text,
             name_of(tmp_path, text, name=name)
     with pytest.raises(DataError, match=r"data\.tokenizer is 'gone\.json', which is not there"):
         name_of(tmp_path, text, tokenizer="gone.json")
+
+
+def test_a_token_file_changed_later_is_found_when_asked(text, tmp_path):
+    prepared = run(tmp_path / "p", text)
+    content = bytearray(prepared.train.path.read_bytes())
+    content[-1] ^= 1
+    prepared.train.path.write_bytes(content)
+    run(tmp_path / "p", text)
+    with pytest.raises(DataError, match=r"train\.bin does not have the sha256 that meta\.json tells"):
+        run(tmp_path / "p", text, verify=True)
