@@ -115,22 +115,36 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     _baseline_texts(work, shards, cut=cut)
     encoding = Encoding(cut=cut, workers=request.options.workers, fast=request.options.fast_encoder)
     measured = encode_all(work, encoding, progress=progress, say=say)
+    _finish(work, tokenizer, measured=measured, sources=sources, left_out=shards[-1].passed_over | duplicates,
+            is_ours=given is None, progress=progress)  # fmt: skip
+
+
+def _finish(
+    work: Path,
+    tokenizer: Tokenizer,
+    *,
+    measured: dict[str, float],
+    sources: tuple[Source, ...],
+    left_out: dict[str, int],
+    is_ours: bool,
+    progress: Progress,
+) -> None:
+    """Put everything of a prepared directory into ``work / OUT``."""
     out = work / OUT
     out.mkdir(exist_ok=True)
     written = write_token_files(work, out, progress=progress)
     found = written.round_trip
-    assert given is not None or found.same == found.tried, f"a byte-level tokenizer lost text: {found}"
+    assert not is_ours or found.same == found.tried, f"a byte-level tokenizer lost text: {found}"
     seen = [(work / name).stat().st_size for name in BASELINE_TEXT]
     (out / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-    passed_over = shards[-1].passed_over | duplicates
     meta = Meta(
         format_version=FORMAT_VERSION,
         vocab_size=vocabulary_size(tokenizer),
         end_of_text=end_of_text(tokenizer),
         tokenizer_fingerprint=fingerprint(tokenizer),
-        empty_documents=passed_over.pop("empty", 0),
-        dropped=passed_over,
-        round_trip=written.round_trip,
+        empty_documents=left_out.get("empty", 0),
+        dropped={reason: count for reason, count in left_out.items() if reason != "empty"},
+        round_trip=found,
         train=written.train,
         held_out=written.held_out,
         sources=sources,
