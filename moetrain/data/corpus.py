@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,12 @@ class Meta:
     end_of_text: int  # id of the token that ends a document
     tokenizer_fingerprint: str
     empty_documents: int  # passed over
-    dropped: dict[str, int]  # documents left out by min_characters, max_characters, exact and near duplicates
-    round_trip: RoundTrip
     train: Split
     held_out: Split
     sources: tuple[Source, ...]
     baselines: Baselines
+    dropped: dict[str, int] = field(default_factory=dict)  # left out as too short, too long, or duplicates
+    round_trip: RoundTrip = RoundTrip(tried=0, same=0)
 
 
 @dataclass(frozen=True)
