@@ -30,6 +30,7 @@ Tell = Callable[[int], None]
 """Called now and then with how many bytes of the file, as it lies on the disk, have been read."""
 
 _TELL_EVERY = 64  # rows
+_BUFFER = 1 << 20  # bytes; with the usual 8 KiB a file is read at half the speed
 
 
 def read_text(path: Path, *, tell: Tell) -> str:
@@ -40,7 +41,7 @@ def read_text(path: Path, *, tell: Tell) -> str:
         UnicodeError: it is not UTF-8.
         EOFError: it is compressed and cut short.
     """
-    with open(path, "rb") as raw:
+    with open(path, "rb", buffering=_BUFFER) as raw:
         data = _decompressed(raw, path=path).read(LONGEST + 1)
         tell(raw.tell())
     if len(data) > LONGEST:
@@ -63,7 +64,7 @@ def json_rows(path: Path, *, tell: Tell, may_be_array: bool) -> Iterator[Any]:
         UnicodeError, EOFError: as ``read_text``.
     """
     if may_be_array and _is_array(path):
-        with open(path, "rb") as raw:
+        with open(path, "rb", buffering=_BUFFER) as raw:
             data = _decompressed(raw, path=path).read(LARGEST_ARRAY + 1)
         if len(data) > LARGEST_ARRAY:
             raise DataError(
@@ -90,14 +91,14 @@ def csv_rows(path: Path, *, tell: Tell) -> Iterator[dict[str, Any]]:
         UnicodeError, EOFError: as ``read_text``.
     """
     csv.field_size_limit(LONGEST)
-    with open(path, "rb") as raw:
+    with open(path, "rb", buffering=_BUFFER) as raw:
         text = io.TextIOWrapper(_decompressed(raw, path=path), encoding="utf-8-sig", newline="")
         yield from _told(csv.DictReader(text, strict=True), raw=raw, tell=tell)
 
 
 def csv_columns(path: Path) -> list[str]:
     """The columns that the header of a csv file names."""
-    with open(path, "rb") as raw:
+    with open(path, "rb", buffering=_BUFFER) as raw:
         text = io.TextIOWrapper(_decompressed(raw, path=path), encoding="utf-8-sig", newline="")
         return next(csv.reader(text, strict=True), [])
 
@@ -130,7 +131,7 @@ def _is_array(path: Path) -> bool:
 
 def _lines(path: Path, *, tell: Tell) -> Iterator[str]:
     """Lines of UTF-8 text, ended by ``\\n``, ``\\r\\n`` or ``\\r``; nothing else, U+2028 for one, ends a line."""
-    with open(path, "rb") as raw:
+    with open(path, "rb", buffering=_BUFFER) as raw:
         file = _decompressed(raw, path=path)
         is_first, number = True, 0
         while line := file.readline(LONGEST + 1):
