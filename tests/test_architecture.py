@@ -42,17 +42,20 @@ MAY_IMPORT = {
     "plan": {"config", "parallel.topology", "errors"},
     "model": {"moe", "parallel", "config", "errors"},
     "moe": {"parallel", "errors"},
-    "prepare": {"data", "errors"},
-    "instruct": {"prepare", "data", "errors"},
+    "prepare": {"data", "sources", "tokenization", "parallel.pool", "errors"},
+    "instruct": {"prepare", "data", "tokenization", "errors"},
+    "sources": {"errors"},
+    "tokenization": {"data", "errors"},
     "data": {"config", "errors"},
     "metrics": {"errors"},
     "parallel": {"errors"},
     "config": {"errors"},
     "errors": set(),
 }
-NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "instruct", "errors",
+NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "instruct", "sources",
+            "tokenization", "errors",
             "checkpoint.store", "checkpoint.certificate", "checkpoint.remote", "parallel.topology",
-            "parallel.lifeline", "parallel.seeds", "train.schedule",
+            "parallel.lifeline", "parallel.pool", "parallel.seeds", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {
@@ -62,7 +65,7 @@ ONLY_IN = {
     "deepspeed": {"train.engine", "bench.peers"},
     "transformers": {"bench.peers"},
     "wandb": {"metrics.log"},
-    "datasets": {"prepare.text"},
+    "datasets": {"sources.hub"},
     "fsspec": {"checkpoint.remote"},
     "matplotlib": {"report.figures"},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,30 +61,36 @@ def settings(options: Options) -> tuple[RunConfig, Composed]:
     return run, composed
 
 
-def corpus_of(run: RunConfig) -> Corpus:
-    """The token files of each source of a run, made now if they are not there."""
+def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
+    """The token files of each source of a run, made now if they are not there, else compared with their digests."""
     from moetrain.config.data import sources_of
     from moetrain.data.build import hold_together
     from moetrain.data.corpus import Prepared, open_prepared
     from moetrain.instruct.build import instruction_directory, prepare_instructions
     from moetrain.metrics.console import StageBars
+    from moetrain.prepare.build import Options as Chosen
     from moetrain.prepare.directory import prepare
     from moetrain.prepare.directory import prepared_directory as named
 
+    chosen = Chosen(**asdict(run.prepare) | {"special_tokens": tuple(run.prepare.special_tokens)})
     parts: dict[str, Prepared] = {}
     tokenizer = run.data.tokenizer
     for name, source in sources_of(run.data).items():
         if source.text is None:
-            parts[name] = open_prepared(Path(str(source.prepared)))
+            parts[name] = open_prepared(Path(str(source.prepared)), verify=verify)
         else:
             what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
                                     "vocab_size": run.model.vocab_size, "tokenizer": tokenizer}  # fmt: skip
             is_instruction = source.format == "instruction"
-            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
-            place, make = (instruction_directory, prepare_instructions) if is_instruction else (named, prepare)
+            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column,
+                                                                            "options": chosen}  # fmt: skip
+            place = instruction_directory if is_instruction else named
             directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
             with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
-                parts[name] = make(directory, progress=bars, **what)
+                if is_instruction:
+                    parts[name] = prepare_instructions(directory, progress=bars, **what)
+                else:
+                    parts[name] = prepare(directory, progress=bars, say=bars.say, verify=verify, **what)
         tokenizer = tokenizer or str(parts[name].tokenizer_path)
     return hold_together(parts)
 

@@ -25,6 +25,8 @@ CHOICES = {
     "model.positions": ("rope", "learned"),
     "model.dtype": ("fp32", "bf16"),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
+    "prepare.duplicates": ("keep", "exact", "near"),
+    "prepare.tokenizer_kind": ("bpe", "unigram"),
     "launch.kind": ("local",),
     "checkpoint.on_failure": ("stop", "go_on"),
     "log.wandb": ("auto", "online", "offline", "off"),
@@ -42,7 +44,7 @@ POSITIVE = (
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.max_sequences", "log.every_steps",
-    "log.dead_after_steps", "log.peak_tflops",
+    "log.dead_after_steps", "log.peak_tflops", "prepare.workers", "prepare.min_characters", "prepare.max_characters",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "model.moe.balance_weight", "model.moe.z_weight", "model.moe.importance_weight",
@@ -128,6 +130,12 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
     held_out = flat.get("data.held_out")
     if isinstance(held_out, float) and not 0 < held_out <= 0.5:
         yield f"data.held_out is {held_out}, but must lie in (0, 0.5]: it is a share of the documents"
+    similarity = flat.get("prepare.similarity")
+    if isinstance(similarity, float) and not 0 < similarity < 1:
+        yield f"prepare.similarity is {similarity}, but must lie in (0, 1); for 1, set prepare.duplicates=exact"
+    shortest, longest = flat.get("prepare.min_characters"), flat.get("prepare.max_characters")
+    if isinstance(shortest, int) and isinstance(longest, int) and shortest > longest:
+        yield f"prepare.min_characters is {shortest:,}, but must be at most prepare.max_characters, {longest:,}"
     ratio = flat.get("schedule.min_lr_ratio")
     if isinstance(ratio, float) and not 0 <= ratio <= 1:
         yield f"schedule.min_lr_ratio is {ratio}, but must lie in [0, 1]"

@@ -48,8 +48,8 @@ class DataConfig:
     name: str = "sotu"
     """A label for the corpus, used in the name of the prepared directory."""
     text: list[str] = field(default_factory=lambda: ["builtin:sotu"])
-    """Files, directories or globs of .txt, .jsonl, .json, .csv (also .gz, .xz, .zst) or .parquet; builtin:sotu
-    ships with moetrain."""
+    """Files, directories or globs of .txt, .jsonl, .json, .csv (also .gz, .xz, .zst), .parquet or Megatron's .idx;
+    hf:NAME[/CONFIG][@SPLIT] is a dataset of the hub, builtin:sotu ships with moetrain."""
     format: str = "text"
     """text, or instruction: .jsonl rows of prompt and response, or of messages with role and content; what the
     assistant says has a loss, the rest has none."""
@@ -60,8 +60,8 @@ class DataConfig:
     held_out: float = 0.05
     """Share of the documents kept for evaluation, in (0, 0.5]."""
     tokenizer: str | None = None
-    """Path of a tokenizer.json. null: a byte-level BPE of model.vocab_size entries, trained on the
-    training documents (with data.sources: that of the first source)."""
+    """Path of a tokenizer.json, of a Hugging Face directory, a sentencepiece .model or a tiktoken file. null: one of
+    model.vocab_size entries, trained on the training documents (with data.sources: that of the first source)."""
     prepared: str | None = None
     """Directory of the token files. null: prepared/NAME-DIGEST, the digest covering text and tokenizer settings."""
     sources: dict[str, SourceConfig] | None = None

@@ -27,8 +27,8 @@ _PACKAGES = ("moetrain", "torch", "deepspeed", "datasets", "tokenizers", "hydra-
 
 # What the weights, their names and the order of the data depend on. The rest (layout, length, learning rate, logging)
 # may change between two starts of one run.
-_FIXED = ("seed", "model.", "data.", "batch.global_batch", "batch.sequence_length")
-_FREE = ("model.dtype", "data.name", "data.prepared")
+_FIXED = ("seed", "model.", "data.", "prepare.", "batch.global_batch", "batch.sequence_length")
+_FREE = ("model.dtype", "data.name", "data.prepared", "prepare.workers", "prepare.fast_encoder")
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -62,7 +62,9 @@ def training_digest(run: RunConfig) -> str:
     settings["model"].pop("moe")
     settings["data"] = _what_is_read(settings["data"])
     settings["batch"].pop("micro_batch")
-    kept = {key: settings[key] for key in ("seed", "model", "data", "batch", "optim", "schedule")}
+    for name in ("workers", "fast_encoder"):
+        settings["prepare"].pop(name)
+    kept = {key: settings[key] for key in ("seed", "model", "data", "prepare", "batch", "optim", "schedule")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 train.bin  held_out.bin                       token ids, every document followed by the end-of-text token;
                                               little-endian uint16 if the vocabulary has at most 65,536 entries,
                                               else uint32
-train.documents.npy  held_out.documents.npy   int64, where each document starts, in tokens
+train.documents.npy  held_out.documents.npy   the document index: int64, where each document starts, in tokens
 tokenizer.json                                what made the ids
 meta.json                                     counts, digests, sources, baselines; written last, so a directory
                                               without it is an unfinished one
@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ import numpy.typing as npt
 from moetrain.data.tokenizer import fingerprint, load_tokenizer
 from moetrain.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 TOKENIZER = "tokenizer.json"
 META = "meta.json"
+_NPY_HEADER = 128  # bytes before the numbers of a .npy file of one dimension
 FILES = frozenset({TOKENIZER, META} | {f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".documents.npy")})
 
 
@@ -64,6 +64,14 @@ class Baselines:
 
 
 @dataclass(frozen=True)
+class RoundTrip:
+    """Of the documents that were tried, how many come back from their tokens as they were."""
+
+    tried: int
+    same: int
+
+
+@dataclass(frozen=True)
 class Meta:
     """All of ``meta.json``."""
 
@@ -76,6 +84,8 @@ class Meta:
     held_out: Split
     sources: tuple[Source, ...]
     baselines: Baselines
+    dropped: dict[str, int] = field(default_factory=dict)  # left out as too short, too long, or duplicates
+    round_trip: RoundTrip = RoundTrip(tried=0, same=0)
 
 
 @dataclass(frozen=True)
@@ -178,7 +188,7 @@ def read_meta(directory: Path) -> Meta:
             **values
             | {split: Split(**values[split]) for split in SPLITS}
             | {"sources": tuple(Source(**source) for source in values["sources"])}
-            | {"baselines": Baselines(**values["baselines"])}
+            | {"baselines": Baselines(**values["baselines"]), "round_trip": RoundTrip(**values["round_trip"])}
         )
     except (TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error}): {_redo(directory)}") from error
@@ -196,43 +206,65 @@ def write_meta(directory: Path, *, meta: Meta) -> None:
 
 
 class SplitWriter:
-    """Writes the files of one split document by document; only the starts of the documents stay in memory."""
+    """Writes the files of one split; nothing of them stays in memory.
+
+    Args:
+        directory: where to; ``{split}.bin`` and ``{split}.documents.npy`` are begun anew.
+        split: one of ``SPLITS``.
+        vocab_size: tells the width of an id, see ``token_dtype``.
+    """
 
     def __init__(self, directory: Path, *, split: str, vocab_size: int) -> None:
         self._dtype = token_dtype(vocab_size)
         self._starts_path = directory / f"{split}.documents.npy"
         self._file = open(directory / f"{split}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
+        self._starts = open(self._starts_path, "wb")  # noqa: SIM115
+        self._starts.write(bytes(_NPY_HEADER))
         self._digest = hashlib.sha256()
-        self._starts = array("q")
-        self._tokens = 0
-        self._bytes = 0
+        self._tokens = self._documents = self._bytes = 0
 
     def __enter__(self) -> SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with self._starts, self._file:  # closed both, even if the first cannot be flushed
+            pass
 
     def add(self, ids: npt.ArrayLike, *, num_bytes: int) -> None:
         """One document: its ids, the end-of-text token included, and how many bytes of UTF-8 text it was."""
         tokens = np.asarray(ids, dtype=self._dtype)
-        data = tokens.tobytes()
+        self.add_many(tokens, lengths=np.array([len(tokens)]), num_bytes=num_bytes)
+
+    def add_many(self, tokens: npt.NDArray[Any], *, lengths: npt.NDArray[Any], num_bytes: int) -> None:
+        """Several documents, one after the other.
+
+        Args:
+            tokens: [sum of lengths], ids, each document ended by the end-of-text token.
+            lengths: [documents], tokens of each.
+            num_bytes: of UTF-8 text, of all of them.
+        """
+        assert lengths.sum() == len(tokens), (lengths.sum(), len(tokens))
+        data = tokens.astype(self._dtype, copy=False).tobytes()
         self._file.write(data)
         self._digest.update(data)
-        self._starts.append(self._tokens)
+        starts = self._tokens + np.cumsum(lengths, dtype=np.int64) - lengths
+        self._starts.write(starts.astype("<i8").tobytes())
         self._tokens += len(tokens)
+        self._documents += len(lengths)
         self._bytes += num_bytes
 
     def finish(self) -> Split:
         """Bring everything to the disk, and say what is there."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        with open(self._starts_path, "wb") as file:
-            np.save(file, np.asarray(self._starts, dtype="<i8"), allow_pickle=False)
+        self._starts.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self._starts, {"descr": "<i8", "fortran_order": False, "shape": (self._documents,)}
+        )
+        assert self._starts.tell() == _NPY_HEADER, "numpy pads its header so that the length may change in place"
+        for file in (self._file, self._starts):
             file.flush()
             os.fsync(file.fileno())
         return Split(
-            documents=len(self._starts),
+            documents=self._documents,
             tokens=self._tokens,
             bytes=self._bytes,
             sha256=self._digest.hexdigest(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ _PIECE = 1 << 16
 _GROUP = 1 << 21
 
 
+BatchEncoder = Callable[[list[str]], list[npt.NDArray[np.uint32]]]
+"""Texts to their token ids, without special tokens."""
+
+
 @dataclass(frozen=True)
 class EncodedDocument:
     """A document and its token ids."""
@@ -31,40 +35,76 @@ class EncodedDocument:
     ids: npt.NDArray[np.uint32]  # [tokens], without an end-of-text token
 
 
-def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE; the same documents give the same tokenizer.
+def train_tokenizer(
+    documents: Iterable[str], *, vocab_size: int, kind: str = "bpe", special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """Learn a byte-level BPE or Unigram; the same documents give the same tokenizer.
 
-    Id 0 is ``<|endoftext|>``, ids 1 to 256 are the bytes, so that every text comes back as it was, and the rest are
-    merges seen at least twice. Small texts hold fewer of those than asked for; the vocabulary is then smaller.
+    Id 0 is ``<|endoftext|>``, then come the other special tokens; all bytes have an entry, so that every text comes
+    back as it was. For BPE they come next, and the rest are merges seen at least twice. Small texts hold fewer entries
+    than asked for; the vocabulary is then smaller.
 
     Args:
         documents: the training documents; read once, not kept.
         vocab_size: entries at most.
+        kind: bpe (Radford et al. 2019, section 2.2) or unigram (Kudo 2018, arXiv:1804.10959).
+        special_tokens: beside the end of text; no text is encoded to them.
 
     Raises:
-        DataError: ``vocab_size`` is less than the 257 entries that are always there.
+        DataError: ``vocab_size`` is less than the entries that are always there.
     """
+    assert kind in ("bpe", "unigram"), kind
+    special = list(dict.fromkeys([END_OF_TEXT[0], *special_tokens]))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + 1:
+    least = len(alphabet) + len(special)
+    if vocab_size < least:
         raise DataError(
-            f"model.vocab_size is {vocab_size}, but a byte-level tokenizer has at least {len(alphabet) + 1} entries "
-            f"(the bytes and {END_OF_TEXT[0]}): set model.vocab_size={len(alphabet) + 1} or more"
+            f"model.vocab_size is {vocab_size}, but a byte-level tokenizer has at least {least} entries "
+            f"(the bytes and {', '.join(special)}): set model.vocab_size={least} or more"
         )
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE() if kind == "bpe" else models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT[0]],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "initial_alphabet": alphabet}
+    if kind == "bpe":
+        trainer: Any = trainers.BpeTrainer(min_frequency=2, show_progress=False, **options)
+    else:
+        trainer = trainers.UnigramTrainer(show_progress=False, **options)
     tokenizer.train_from_iterator((piece for document in documents for piece in _pieces(document)), trainer=trainer)
-    return _as_plain_text(tokenizer)
+    return as_plain_text(tokenizer if kind == "bpe" else _in_order(tokenizer, special=special))
 
 
-def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[EncodedDocument]:
+def _in_order(tokenizer: Tokenizer, *, special: Sequence[str]) -> Tokenizer:
+    """The same Unigram tokenizer with its entries in an order, and with scores, that training again gives again.
+
+    The library gives characters that its pruning lost, and bytes that no text holds, the smallest score and steps of
+    0.0001 above it in the order of a hash table, another one in each run (unigram/trainer.rs, finalize).
+    """
+    content = json.loads(tokenizer.to_str())
+    scores = {text: round(score, 5) for text, score in content["model"]["vocab"] if text not in special}
+    lowest = min(scores.values())
+    steps = {text: (score - lowest) / 1e-4 for text, score in scores.items() if len(text) == 1}
+    shuffled = sorted(text for text, step in steps.items() if step < 257 and abs(step - round(step)) < 0.05)
+    scores |= dict(zip(shuffled, sorted(scores[text] for text in shuffled), strict=True))
+    entries = [[text, 0.0] for text in special] + sorted(
+        ([text, score] for text, score in scores.items()), key=lambda entry: (-entry[1], entry[0])
+    )
+    content["model"]["vocab"] = entries
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def batch_encoder(tokenizer: Tokenizer) -> BatchEncoder:
+    """The tokenizer's own; works on all cores unless the environment says TOKENIZERS_PARALLELISM=false."""
+
+    def encode_batch(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        # The fast one leaves out the offsets, which nobody reads.
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    return encode_batch
+
+
+def encode(encode_batch: BatchEncoder, documents: Iterable[str]) -> Iterator[EncodedDocument]:
     """Token ids of some documents, in order; many at a time, in bounded memory.
 
     Special tokens are not added. A document of more than 65,536 characters is encoded in pieces that are cut before a
@@ -73,12 +113,10 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[EncodedDo
     """
     ids: list[npt.NDArray[Any]] = []
     for group in _groups(documents):
-        # The fast one leaves out the offsets, which nobody reads.
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in group], add_special_tokens=False)
-        for piece, encoding in zip(group, encodings, strict=True):
-            ids.append(np.asarray(encoding.ids, dtype=np.uint32))
+        for piece, piece_ids in zip(group, encode_batch([piece.text for piece in group]), strict=True):
+            ids.append(piece_ids)
             if piece.ends is not None:
-                yield EncodedDocument(text=piece.ends, ids=np.concatenate(ids))
+                yield EncodedDocument(text=piece.ends, ids=ids[0] if len(ids) == 1 else np.concatenate(ids))
                 ids.clear()
 
 
@@ -137,7 +175,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(
             f"{path} has no end-of-text token, which must stand between documents: add one of {', '.join(END_OF_TEXT)}"
         )
-    return _as_plain_text(tokenizer)
+    return as_plain_text(tokenizer)
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
@@ -157,7 +195,8 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, in whose eyes a special token spelt in a text is text."""
     # A document that spells "<|endoftext|>" must not end there: special tokens are ours to add, not the text's.
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -32,12 +32,14 @@ from moetrain.data.corpus import (
     open_prepared,
     write_meta,
 )
-from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
+from moetrain.data.tokenizer import end_of_text, fingerprint, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
 from moetrain.instruct.template import TEMPLATE, Part, check_template, parts_of
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
-from moetrain.prepare.build import BASELINE_LIMIT, Progress, check_fits
+from moetrain.prepare.build import BASELINE_LIMITS, check_fits, tokenizer_sha256
+from moetrain.prepare.encoding import Progress
 from moetrain.prepare.text import expand
+from moetrain.tokenization.formats import read_tokenizer
 
 
 def instruction_directory(
@@ -55,7 +57,7 @@ def instruction_directory(
         "files": [file_sha256(path) for path in expand(text)],
         "held_out": held_out,
         "vocab_size": vocab_size,
-        "tokenizer": None if tokenizer is None else file_sha256(Path(tokenizer)),
+        "tokenizer": None if tokenizer is None else tokenizer_sha256(Path(tokenizer)),
     }
     return base / f"{name}-{hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:8]}"
 
@@ -72,7 +74,7 @@ def prepare_instructions(
         template: text for each role (``instruct.template``); None: ours.
         held_out: share of the conversations kept for evaluation; which ones depends on their text alone.
         vocab_size: rows of the model's embedding.
-        tokenizer: path of a tokenizer.json; None: one is trained on the conversations.
+        tokenizer: see ``tokenization.formats.read_tokenizer``; None: one is trained on the conversations.
         progress: called with a stage, bytes done and bytes in all.
 
     Raises:
@@ -119,9 +121,10 @@ def _build(
         texts = (each.text for each in conversations("tokenizer") if not each.is_held_out(held_out))
         chosen = train_tokenizer(texts, vocab_size=vocab_size)
     else:
-        chosen = load_tokenizer(Path(tokenizer))
+        chosen = read_tokenizer(Path(tokenizer))
     check_fits(vocabulary_size(chosen), what=f"the tokenizer {tokenizer}", vocab_size=vocab_size)
     samples = {split: bytearray() for split in SPLITS}
+    limits = dict(zip(SPLITS, BASELINE_LIMITS, strict=True))
     counted = {split: array("B") for split in SPLITS}
     with ExitStack() as stack:
         writers = {split: stack.enter_context(SplitWriter(partial, split=split, vocab_size=vocabulary_size(chosen)))
@@ -132,7 +135,7 @@ def _build(
             data = each.text.encode()
             writers[split].add(ids, num_bytes=len(data))
             counted[split].frombytes(flags)
-            samples[split] += data[: BASELINE_LIMIT - len(samples[split])]
+            samples[split] += data[: limits[split] - len(samples[split])]
         if not all(counted.values()):
             raise DataError(
                 f"{files[0].name} and the like hold too few conversations for a training and a held-out part: add "

@@ -110,6 +110,13 @@ class StageBars:
             self._bar.__enter__()
         self._bar.advance_to(done)
 
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        if self._bar is None:
+            print(line)
+        else:
+            self._bar.say(line)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, file_sha256, open_prepared
+from moetrain.data.corpus import FILES, FORMAT_VERSION, META, Prepared, open_prepared
 from moetrain.errors import DataError
-from moetrain.prepare.build import Progress, build_token_files, check_fits, source_sha256
-from moetrain.prepare.text import expand
+from moetrain.parallel.pool import WorkerLost
+from moetrain.prepare.build import (
+    LOCK,
+    OUT,
+    Options,
+    Request,
+    build_token_files,
+    check_fits,
+    hub_sha256,
+    source_sha256,
+    tokenizer_sha256,
+)
+from moetrain.prepare.encoding import Progress
+from moetrain.prepare.text import Input, files_of, inputs
+from moetrain.sources.hub import HubDataset
 
 _HASH_LIMIT = 64 << 20  # bytes; larger sources are told apart by size and time of change, not by content
 
@@ -29,6 +44,7 @@ def prepared_directory(
     held_out: float,
     vocab_size: int,
     tokenizer: str | None,
+    options: Options = Options(),  # noqa: B008 (it is frozen)
 ) -> Path:
     """BASE/NAME-DIGEST: where ``prepare`` should put these settings' token files.
 
@@ -40,15 +56,14 @@ def prepared_directory(
     """
     if not name or "/" in name:
         raise DataError(f"data.name is {name!r}, but it becomes part of a directory's name: write one word without '/'")
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise DataError(f"data.tokenizer is {tokenizer!r}, but there is no such file: name a tokenizer.json")
     covered = {
         "format_version": FORMAT_VERSION,
-        "sources": [_source_key(path) for path in expand(text)],
+        "sources": [key for source in inputs(text) for key in _source_keys(source)],
         "text_column": text_column,
         "held_out": held_out,
         "vocab_size": vocab_size,
-        "tokenizer": None if tokenizer is None else file_sha256(Path(tokenizer)),
+        "tokenizer": None if tokenizer is None else tokenizer_sha256(Path(tokenizer)),
+        **options.covered(),
     }
     digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
     return base / f"{name}-{digest[:8]}"
@@ -63,6 +78,9 @@ def prepare(
     vocab_size: int,
     tokenizer: str | None,
     progress: Progress,
+    say: Callable[[str], None] = print,
+    options: Options = Options(),  # noqa: B008 (it is frozen)
+    verify: bool = False,
 ) -> Prepared:
     """Make the token files, unless they are there.
 
@@ -70,49 +88,67 @@ def prepare(
     vocabulary fits. Several processes may prepare the same directory at once; the first to finish wins.
 
     Args:
-        directory: of the token files; made whole by one rename, so that a crash leaves nothing that opens.
+        directory: of the token files; made whole by one rename, so that a crash leaves nothing that opens. The work is
+            done beside it, in directory.partial-0; after a crash the next call goes on with that.
         text: patterns, see ``text.expand``.
         text_column: see ``text.read_documents``.
         held_out: share of the documents kept for evaluation; which ones depends on their text alone.
         vocab_size: rows of the model's embedding; the tokenizer trained here has at most so many entries.
         tokenizer: path of a tokenizer.json, or None to train one on the training documents.
-        progress: see ``build.Progress``.
+        progress: see ``build.build_token_files``.
+        say: called with a line for the user.
+        options: what of the documents is taken, and how the work is done.
+        verify: of a directory that is whole already, compare every file with its digest.
 
     Raises:
         DataError: the text cannot be read or has fewer than two different documents, the tokenizer does not fit, the
             directory holds other things, or the disk is full.
     """
     if (directory / META).exists():
-        return _fitting(open_prepared(directory), vocab_size=vocab_size)
-    files = expand(text)
+        return _fitting(open_prepared(directory, verify=verify), vocab_size=vocab_size)
+    request = Request(
+        inputs=inputs(text),
+        text_column=text_column,
+        held_out=held_out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        options=options,
+    )
     _refuse_foreign(directory)
     try:
-        partial = _fresh_partial(directory)
-        try:
-            build_token_files(
-                partial,
-                files,
-                text_column=text_column,
-                held_out=held_out,
-                vocab_size=vocab_size,
-                tokenizer=tokenizer,
-                progress=progress,
-            )
-            _commit(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _make(directory, request, progress=progress, say=say)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
-            f"{directory} cannot be written ({'the disk is full' if is_full else error}); nothing was left there: "
-            f"{'make room, or ' if is_full else ''}set data.prepared to another directory"
+            f"{directory} cannot be written ({'the disk is full' if is_full else error}): "
+            + ("make room, and the same command goes on with what lies beside it, or " if is_full else "")
+            + "set data.prepared to another directory"
         ) from error
     return _fitting(open_prepared(directory), vocab_size=vocab_size)
+
+
+def _make(directory: Path, request: Request, *, progress: Progress, say: Callable[[str], None]) -> None:
+    with _directory_of_work(directory) as work:
+        try:
+            build_token_files(work, request, progress=progress, say=say)
+            _commit(work / OUT, directory)
+        except DataError as error:
+            if not isinstance(error, WorkerLost):  # else the next start goes on, as after an interrupt
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+    _sweep(directory)
 
 
 def _fitting(prepared: Prepared, *, vocab_size: int) -> Prepared:
     check_fits(prepared.vocab_size, what=f"the prepared directory {prepared.directory}", vocab_size=vocab_size)
     return prepared
+
+
+def _source_keys(source: Input) -> list[list[str | int]]:
+    if isinstance(source, HubDataset):
+        return [[hub_sha256(source)]]
+    return [_source_key(path) for path in files_of(source)]
 
 
 def _source_key(path: Path) -> list[str | int]:
@@ -134,34 +170,56 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _fresh_partial(directory: Path) -> Path:
-    """An empty directory beside the final one, this process's own; those of dead processes are removed."""
+@contextmanager
+def _directory_of_work(directory: Path) -> Iterator[Path]:
+    """A directory beside the final one that no other process uses; one that a dead process left is gone on with.
+
+    The kernel owns the lock (flock(2)) and lets go of it however a process ends.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    stem = f"{directory.name}.partial-{socket.gethostname()}-"
-    for leftover in directory.parent.glob(f"{glob.escape(stem)}*"):
-        pid = leftover.name.removeprefix(stem)
-        if pid == str(os.getpid()) or (pid.isdigit() and not _is_alive(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = directory.with_name(f"{stem}{os.getpid()}")
-    partial.mkdir()
-    return partial
+    for number in itertools.count():
+        work = directory.with_name(f"{directory.name}.partial-{number}")
+        with _locked(work) as is_ours:
+            if is_ours:
+                yield work
+                return
 
 
-def _is_alive(pid: int) -> bool:
+def _sweep(directory: Path) -> None:
+    """Remove what dead processes left of the same work."""
+    for work in directory.parent.glob(f"{glob.escape(directory.name)}.partial-*"):
+        if work.is_dir():
+            with _locked(work) as is_ours:
+                if is_ours:
+                    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[bool]:
+    """Whether the directory, made if need be, is this process's own while the block runs."""
+    work.mkdir(exist_ok=True)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        file = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # its owner has just removed it
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # of a file that its owner removed, or another process has made anew, the lock is worth nothing
+            is_ours = os.path.samestat(os.fstat(file), os.stat(work / LOCK))
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        yield is_ours
+    finally:
+        os.close(file)
 
 
-def _commit(partial: Path, directory: Path) -> None:
+def _commit(out: Path, directory: Path) -> None:
     if directory.exists() and not (directory / META).exists():
         shutil.rmtree(directory)
     try:
-        os.rename(partial, directory)
+        os.rename(out, directory)
     except OSError:
         # Another process was faster, and its files are as good as ours.
         if not (directory / META).exists():

@@ -1,28 +1,83 @@
 """Text in: from the patterns of ``data.text`` to files, and from files to documents.
 
-The files are read through Hugging Face ``datasets`` in streaming mode, one file at a time so that an error can name
-the file. Nothing is kept in memory but the document at hand (and, for a ``.json`` array, that file).
+Nothing is kept in memory but the document at hand (and, for a ``.json`` array, that file).
 """
 
 from __future__ import annotations
 
-import codecs
 import glob
-import importlib
-import json
-import locale
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moetrain.errors import DataError
+from moetrain.sources import hub, megatron
+from moetrain.sources.files import (
+    Tell,
+    csv_columns,
+    csv_rows,
+    json_rows,
+    parquet_columns,
+    parquet_values,
+    read_text,
+)
+from moetrain.sources.hub import HubDataset
 
 BUILTIN = {"sotu": Path(__file__).parent / "corpora" / "sotu.jsonl.xz"}
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".idx")
 COMPRESSIONS = (".gz", ".xz", ".zst")
+
+
+Input = Path | HubDataset
+"""What text is read from: a file, or a dataset of the hub."""
+
+
+def inputs(patterns: Sequence[str]) -> list[Input]:
+    """What ``data.text`` names: files as ``expand`` gives them, then the datasets (``hf:``) in the order given.
+
+    Raises:
+        DataError: a pattern names nothing that can be read, or text and token files are mixed.
+    """
+    datasets = list(dict.fromkeys(hub.parse(pattern) for pattern in patterns if pattern.startswith(hub.PREFIX)))
+    others = [pattern for pattern in patterns if not pattern.startswith(hub.PREFIX)]
+    found: list[Input] = [*(expand(others) if others or not datasets else []), *datasets]
+    tokenized = [one for one in found if is_tokenized(one)]
+    if tokenized and len(tokenized) < len(found):
+        other = next(one for one in found if not is_tokenized(one))
+        raise DataError(f"data.text names token files ({tokenized[0]}) and text ({other}): prepare them as two sources")
+    return found
+
+
+def is_tokenized(source: Input) -> bool:
+    """Whether it holds token ids (Megatron's files), not text."""
+    return isinstance(source, Path) and _format(source) == ".idx"
+
+
+def records_of(source: Input, *, text_column: str, tell: Tell) -> Iterator[bytes]:
+    """Every document of an input: UTF-8, or token ids as little-endian uint32 where it ``is_tokenized``.
+
+    Raises:
+        DataError: as ``read_documents``.
+    """
+    if isinstance(source, HubDataset):
+        for number, row in enumerate(hub.rows(source), start=1):
+            _require_column(text_column, row, where=f"{source}, row {number:,}")
+            yield _checked(row[text_column], text_column=text_column, path=source, number=number).encode()
+    elif is_tokenized(source):
+        for ids in megatron.documents(source):
+            yield ids.astype("<u4").tobytes()
+        tell(source.stat().st_size)
+    else:
+        for text in texts_of(source, text_column=text_column, tell=tell):
+            yield text.encode()
+
+
+def files_of(source: Input) -> list[Path]:
+    """The files that an input is made of."""
+    if isinstance(source, HubDataset):
+        return []
+    return [source, megatron.bin_of(source)] if is_tokenized(source) else [source]
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -50,6 +105,9 @@ def _expand_one(pattern: str) -> list[Path]:
             raise DataError(f"data.text names {pattern!r}, but the corpora that ship with moetrain are: {known}")
         return [BUILTIN[name]]
     path = Path(pattern).expanduser().absolute()
+    index = path.with_suffix(".idx") if path.suffix == ".bin" else path.with_name(f"{path.name}.idx")
+    if index.is_file() and not path.is_dir() and _format(path) is None:
+        return [index]  # Megatron's files, named as it names them: by what both have in common
     if path.is_file():
         if _format(path) is None:
             raise DataError(f"{path} is of an unknown kind: data.text reads files that end in {_suffixes()}")
@@ -86,37 +144,71 @@ def read_documents(
     """
     files = list(files)
     num_documents = num_empty = 0
-    # datasets leaves lock files in its cache directory even when it streams: not in the user's home.
-    with tempfile.TemporaryDirectory(prefix="moetrain-datasets-") as cache:
-        for path in files:
-            for text in _texts(path, text_column=text_column, cache=cache):
-                if text and not text.isspace():
-                    num_documents += 1
-                    yield text
-                else:
-                    num_empty += 1
-                    if on_empty is not None:
-                        on_empty(path)
+    for path in files:
+        for text in texts_of(path, text_column=text_column):
+            if is_visible(text):
+                num_documents += 1
+                yield text
+            else:
+                num_empty += 1
+                if on_empty is not None:
+                    on_empty(path)
     if num_documents == 0:
-        names = ", ".join(str(path) for path in files[:3]) + (", ..." if len(files) > 3 else "")
-        what = f"only empty documents ({num_empty:,} of them)" if num_empty else "no document at all"
-        raise DataError(f"data.text holds {what} ({names}): name files with text in them")
+        raise nothing_to_read(files, num_empty=num_empty)
 
 
-def _texts(path: Path, *, text_column: str, cache: str) -> Iterator[str]:
-    """Every document of one file, empty ones too."""
+def is_visible(text: str) -> bool:
+    """Whether a document has a visible character."""
+    return bool(text) and not text.isspace()
+
+
+def nothing_to_read(files: Sequence[object], *, num_empty: int, num_other: int = 0) -> DataError:
+    """The error for a text without a document.
+
+    Args:
+        files: what was read.
+        num_empty: documents without a visible character.
+        num_other: documents that a filter left out.
+    """
+    names = ", ".join(str(path) for path in files[:3]) + (", ..." if len(files) > 3 else "")
+    if num_other:
+        return DataError(
+            f"data.text holds {num_other:,} documents, but the filters of prepare.min_characters and "
+            f"prepare.max_characters leave none ({names}): set them further apart"
+        )
+    what = f"only empty documents ({num_empty:,} of them)" if num_empty else "no document at all"
+    return DataError(f"data.text holds {what} ({names}): name files with text in them")
+
+
+def _told_nothing(position: int) -> None:
+    """Nobody asked how far reading is."""
+
+
+def texts_of(path: Path, *, text_column: str, tell: Tell = _told_nothing) -> Iterator[str]:
+    """Every document of one file, those without a visible character too.
+
+    Args:
+        path: the file.
+        text_column: column of the rows that holds the text.
+        tell: see ``sources.files.Tell``.
+
+    Raises:
+        DataError: as ``read_documents``.
+    """
     if not path.is_file():
         raise DataError(f"{path} is not a file: data.text must name files that exist")
     known = _format(path)
-    if known is None:
+    if known is None or known == ".idx":
         raise DataError(f"{path} is of an unknown kind: data.text reads files that end in {_suffixes()}")
     try:
         if known == ".txt":
-            yield from (_plain_text(text, path=path) for text in _raw_text(path, cache=cache, sample_by="document"))
+            yield _plain_text(read_text(path, tell=tell), path=path)
+        elif known == ".parquet":
+            _require_column(text_column, parquet_columns(path), where=str(path))
+            for number, value in enumerate(parquet_values(path, column=text_column, tell=tell), start=1):
+                yield _checked(value, text_column=text_column, path=path, number=number)
         else:
-            rows = {".csv": _csv_rows, ".parquet": _parquet_rows, ".json": _json_rows, ".jsonl": _json_rows}[known]
-            for number, row in enumerate(rows(path, text_column=text_column, cache=cache), start=1):
-                yield _text_of_row(row, text_column=text_column, where=f"{path}, row {number:,}")
+            yield from _texts_of_rows(path, text_column=text_column, tell=tell, known=known)
     except DataError:
         raise
     except UnicodeError as error:
@@ -125,8 +217,25 @@ def _texts(path: Path, *, text_column: str, cache: str) -> Iterator[str]:
         ) from error
     except EOFError as error:
         raise DataError(f"{path} is cut short ({error}): copy or download it again") from error
-    except Exception as error:  # datasets passes on whatever pyarrow, pandas, fsspec, gzip, lzma or zlib raise
+    except Exception as error:  # whatever pyarrow, csv, json, gzip, lzma, zlib or zstd raise
         raise DataError(f"{path} cannot be read as {known} ({type(error).__name__}: {error})") from error
+
+
+def _texts_of_rows(path: Path, *, text_column: str, tell: Tell, known: str) -> Iterator[str]:
+    rows: Iterator[Any]
+    if known == ".csv":
+        columns = csv_columns(path)
+        if columns:
+            _require_column(text_column, columns, where=str(path))
+        rows = csv_rows(path, tell=tell)
+    else:
+        rows = json_rows(path, tell=tell, may_be_array=known == ".json")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f'{path}, row {number:,} is not an object: each must look like {{"{text_column}": ...}}')
+        if text_column not in row:
+            _require_column(text_column, row, where=f"{path}, row {number:,}")
+        yield _checked(row[text_column], text_column=text_column, path=path, number=number)
 
 
 def _plain_text(text: str, *, path: Path) -> str:
@@ -135,141 +244,28 @@ def _plain_text(text: str, *, path: Path) -> str:
     return text
 
 
-def _text_of_row(row: Any, *, text_column: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f'{where} is not an object: each must look like {{"{text_column}": ...}}')
-    if text_column not in row:
-        raise DataError(_missing_column(where, text_column=text_column, columns=row))
-    text = row[text_column]
-    if text is None:
+def _checked(value: Any, *, text_column: str, path: Input, number: int) -> str:
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}, row {number:,} holds half of a surrogate pair, which is not text: mend or leave out the row"
+            ) from error
+        return value
+    if value is None:
         return ""
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where} holds {type(text).__name__} in column {text_column!r}, but it must be text: "
-            "set data.text_column to the column with the text"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half of a surrogate pair, which is not text: mend or leave out the row"
-        ) from error
-    return text
-
-
-def _missing_column(where: str, *, text_column: str, columns: Iterable[str]) -> str:
-    return (
-        f"{where} has no column {text_column!r}; it has {', '.join(map(repr, columns)) or 'none'}: "
+    raise DataError(
+        f"{path}, row {number:,} holds {type(value).__name__} in column {text_column!r}, but it must be text: "
         "set data.text_column to the column with the text"
     )
 
 
-def _json_rows(path: Path, *, text_column: str, cache: str) -> Iterator[Any]:
-    # Not through the json builder of datasets: it guesses a schema from the first 10 MB, so a text like "2020-01-01"
-    # comes back as a date, a column that first shows up later stops it, and its errors do not tell the line.
-    if _format(path) == ".json" and _is_array(path, cache=cache):
-        for text in _raw_text(path, cache=cache, sample_by="document"):
-            yield from json.loads(text)
-        return
-    for number, line in enumerate(_raw_text(path, cache=cache, sample_by="line"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number:,} is not JSON ({error}): write one object a line"
-                    + (", or one array of objects" if _format(path) == ".json" else "")
-                ) from error
-
-
-def _is_array(path: Path, *, cache: str) -> bool:
-    first = next((line for line in _raw_text(path, cache=cache, sample_by="line") if line.strip()), "")
-    return first.lstrip().startswith("[")
-
-
-def _csv_rows(path: Path, *, text_column: str, cache: str) -> Iterator[Any]:
-    from datasets import Features, Value
-
-    # Only a given type keeps pandas from turning a text like "1984" into a number and "NA" into a hole.
-    features = Features({text_column: Value("string")})
-    try:
-        yield from _stream("csv", path, cache=cache, features=features, keep_default_na=False)
-    except KeyError as error:
-        columns: dict[str, Any] = next(iter(_stream("csv", path, cache=cache)), {})
-        if text_column in columns:
-            raise
-        raise DataError(_missing_column(str(path), text_column=text_column, columns=columns)) from error
-
-
-def _parquet_rows(path: Path, *, text_column: str, cache: str) -> Iterator[Any]:
-    columns = _stream("parquet", path, cache=cache).features
+def _require_column(text_column: str, columns: Iterable[str], *, where: str) -> None:
     if text_column not in columns:
-        raise DataError(_missing_column(str(path), text_column=text_column, columns=columns))
-    # batch_size: without it a whole row group comes into memory, and a file of no rows is an error.
-    yield from _stream("parquet", path, cache=cache, columns=[text_column], batch_size=1024)
-
-
-def _raw_text(path: Path, *, cache: str, sample_by: str) -> Iterator[str]:
-    if path.suffix.lower() in COMPRESSIONS:
-        _require_utf8_locale(path)
-    for number, row in enumerate(_stream("text", path, cache=cache, sample_by=sample_by)):
-        # A byte-order mark is no text, and json refuses it.
-        yield row["text"].removeprefix("\ufeff") if number == 0 else row["text"]
-
-
-def _stream(builder: str, path: Path, *, cache: str, **options: Any) -> Any:
-    """A streaming dataset over one local file: no network, no cache kept, nothing printed."""
-    if "::" in str(path):
-        raise DataError(f"{path} cannot be read: datasets takes '::' in a path for a chain of addresses; rename it")
-    if path.suffix.lower() == ".zst":
-        _require_whole_zstd(path)
-    with _quiet_datasets() as datasets:
-        return datasets.load_dataset(
-            # escaped: datasets takes [ ] * ? in a file's name for a glob
-            builder, data_files=[glob.escape(str(path))], split="train", streaming=True, cache_dir=cache, **options
-        )  # fmt: skip
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[Any]:
-    """The datasets module without its call home, its progress bars, its log and its import of torch."""
-    import datasets
-
-    logging = datasets.utils.logging
-    config = datasets.config
-    before = config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE
-    # Even for local files load_dataset asks huggingface.co to count the use unless it is offline (load.py).
-    config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE = True, False
-    # These two stay: rows are read after this door has closed, and a failure is told by a DataError.
-    logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield datasets
-    finally:
-        config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE = before
-
-
-def _require_utf8_locale(path: Path) -> None:
-    """Refuse a machine on which compressed text would be garbled.
-
-    datasets forgets the encoding on the way into a compressed file (file_utils.xopen), so Python decodes with the
-    locale's; Latin-1, for one, takes any bytes without complaint.
-    """
-    encoding = locale.getpreferredencoding(False)
-    if codecs.lookup(encoding).name != "utf-8":
         raise DataError(
-            f"{path} is compressed, and datasets would decode it as {encoding}, this machine's locale: "
-            "set the environment variable PYTHONUTF8=1, or decompress the file"
-        )
-
-
-def _require_whole_zstd(path: Path) -> None:
-    """Refuse the package ``zstandard``: it takes a file that is cut short, or of several frames, for a whole one."""
-    opener = importlib.import_module("fsspec.compression").compr.get("zstd")
-    if not isinstance(opener, type):
-        raise DataError(
-            f"{path} needs a zstd reader that notices a file cut short: pip install backports.zstd "
-            "(part of Python from 3.14 on), or decompress the file"
+            f"{where} has no column {text_column!r}; it has {', '.join(map(repr, columns)) or 'none'}: "
+            "set data.text_column to the column with the text"
         )
 
 
@@ -277,10 +273,12 @@ def _format(path: Path) -> str | None:
     """The one of ``FORMATS`` that the file's name tells, or None."""
     name = path.name.lower()
     for known in FORMATS:
-        if name.endswith(known) or (known != ".parquet" and name.endswith(tuple(known + c for c in COMPRESSIONS))):
+        if name.endswith(known) or (
+            known not in (".parquet", ".idx") and name.endswith(tuple(known + c for c in COMPRESSIONS))
+        ):
             return known
     return None
 
 
 def _suffixes() -> str:
-    return f"{', '.join(FORMATS)} (all but .parquet also with {', '.join(COMPRESSIONS)} after it)"
+    return f"{', '.join(FORMATS)} (all but .parquet and .idx also with {', '.join(COMPRESSIONS)} after it)"

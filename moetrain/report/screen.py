@@ -62,12 +62,17 @@ def prepared_text(directory: Path, prepared: Any) -> str:
     Args:
         prepared: as ``data.corpus.Prepared``.
     """
-    train, held_out = prepared.train, prepared.held_out
+    train, held_out, meta = prepared.train, prepared.held_out, prepared.meta
+    left_out = {"empty": meta.empty_documents} | meta.dropped
+    counts = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in left_out.items() if count)
+    tried = meta.round_trip
     return (
         f"{directory}\n"
         f"  train     {train.num_documents:>9,} documents  {train.num_tokens:>13,} tokens\n"
         f"  held out  {held_out.num_documents:>9,} documents  {held_out.num_tokens:>13,} tokens\n"
         f"  vocabulary {prepared.vocab_size:,}, {train.num_bytes / train.num_tokens:.2f} bytes per token"
+        + (f"\n  left out: {counts}" if counts else "")
+        + (f"\n  {tried.same:,} of {tried.tried:,} documents tried come back from their tokens" if tried.tried else "")
     )
 
 

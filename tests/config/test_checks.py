@@ -266,6 +266,21 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ({"data.held_out": 0.0}, "data.held_out is 0.0, but must lie in (0, 0.5]", [{"data.held_out": 0.5}]),
     ({"data.held_out": 0.6}, "data.held_out is 0.6, but must lie in (0, 0.5]", [{"data.held_out": 0.001}]),
     (
+        {"prepare.similarity": 1.0},
+        "prepare.similarity is 1.0, but must lie in (0, 1); for 1, set prepare.duplicates=exact",
+        [{"prepare.similarity": 0.5}],
+    ),
+    (
+        {"prepare.min_characters": 10, "prepare.max_characters": 9},
+        "prepare.min_characters is 10, but must be at most prepare.max_characters, 9",
+        [{"prepare.max_characters": 10}],
+    ),
+    (
+        {"prepare.duplicates": "all"},
+        "prepare.duplicates is 'all', but must be one of keep, exact, near",
+        [{"prepare.duplicates": "exact"}],
+    ),
+    (
         {"schedule.min_lr_ratio": 1.1},
         "schedule.min_lr_ratio is 1.1, but must lie in [0, 1]",
         [{"schedule.min_lr_ratio": 0}],
@@ -332,7 +347,7 @@ def test_every_number_has_a_rule():
     """A new setting is not forgotten here."""
     in_a_range = {"optim.beta1", "optim.beta2", "data.held_out", "schedule.min_lr_ratio", "parallel.zero_stage",
                   "model.moe.dropout", "model.moe.jitter",
-                  "data.fill_in_middle", "data.fill_in_middle_spm"}  # fmt: skip
+                  "data.fill_in_middle", "prepare.similarity", "data.fill_in_middle_spm"}  # fmt: skip
     settings = [RunConfig(), *(resolved(fitting(router)) for router in ROUTERS)]
     numbers = {name for run in settings for name, value in flatten(to_dict(run)).items() if type(value) in (int, float)}
     assert numbers <= set(POSITIVE) | set(NOT_NEGATIVE) | in_a_range

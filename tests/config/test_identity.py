@@ -29,6 +29,7 @@ def changed(name: str, value: Any) -> RunConfig:
 
 FREE = {
     "name", "run_dir", "model.dtype", "data.name", "data.prepared", "batch.micro_batch",
+    "prepare.workers", "prepare.fast_encoder",
     *(name for name in setting_names()
       if name.startswith(("optim.", "schedule.", "parallel.", "launch.", "checkpoint.", "resume.", "evaluate.",
                           "log."))),

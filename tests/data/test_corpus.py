@@ -16,6 +16,7 @@ from moetrain.data.corpus import (
     META,
     Baselines,
     Meta,
+    RoundTrip,
     Source,
     SplitWriter,
     open_prepared,
@@ -46,6 +47,8 @@ def write_directory(
         end_of_text=0,
         tokenizer_fingerprint=fingerprint(tokenizer),
         empty_documents=4,
+        dropped={"exact_duplicates": 2},
+        round_trip=RoundTrip(tried=3, same=2),
         train=splits["train"],
         held_out=splits["held_out"],
         sources=(Source(name="a.txt", size=1, sha256="0"),),
@@ -78,6 +81,27 @@ def test_any_documents_come_back(tmp_path_factory, documents):
     shutil.rmtree(directory.parent)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.lists(st.lists(st.integers(0, 299), min_size=1), max_size=4), max_size=6))
+def test_documents_written_many_at_once_are_the_same_files(tmp_path_factory, groups):
+    directory = tmp_path_factory.mktemp("corpus")
+    with (
+        SplitWriter(directory, split="one", vocab_size=300) as one,
+        SplitWriter(directory, split="many", vocab_size=300) as many,
+    ):
+        for group in groups:
+            for ids in group:
+                one.add(ids, num_bytes=len(ids))
+            tokens = np.array([token for ids in group for token in ids], dtype=np.uint16)
+            lengths = np.array([len(ids) for ids in group], dtype=np.int64)
+            many.add_many(tokens, lengths=lengths, num_bytes=len(tokens))
+        assert one.finish() == many.finish()
+    starts = np.load(directory / "many.documents.npy")
+    flat = [ids for group in groups for ids in group]
+    assert starts.tolist() == [sum(map(len, flat[:number])) for number in range(len(flat))]
+    shutil.rmtree(directory)
+
+
 @pytest.mark.parametrize(("vocab_size", "width"), [(65_536, 2), (65_537, 4)])
 def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, width, tmp_path):
     directory = write_directory(tmp_path / "p", train=[[vocab_size - 1, 0]], vocab_size=vocab_size)
@@ -102,7 +126,7 @@ def test_a_directory_without_meta_is_told_to_be_unfinished(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda meta: meta | {"format_version": 99}, "format version 99, but this moetrain reads version 1"),
+        (lambda meta: meta | {"format_version": 99}, "format version 99, but this moetrain reads version 2"),
         (lambda meta: {}, "meta.json is damaged"),
         (lambda meta: [], "meta.json is damaged"),
         (lambda meta: meta | {"other": 1}, "meta.json is damaged"),

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from moetrain.data import tokenizer as tokenizer_module
 from moetrain.data.tokenizer import (
     END_OF_TEXT,
+    batch_encoder,
     encode,
     end_of_text,
     fingerprint,
@@ -22,6 +23,7 @@ from moetrain.data.tokenizer import (
     vocabulary_size,
 )
 from moetrain.errors import DataError
+from moetrain.prepare.text import expand, read_documents
 
 DOCUMENTS = ["the cat sat on the mat", "the   dog   sat on the log"] * 3
 TOKENIZER = train_tokenizer(iter(DOCUMENTS), vocab_size=300)
@@ -91,7 +93,7 @@ def test_a_fault_while_reading_the_documents_comes_through():
 @given(st.lists(st.text(max_size=60)))
 def test_documents_encoded_in_pieces_and_groups_come_back_in_order(documents):
     with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
-        encoded = list(encode(TOKENIZER, documents))
+        encoded = list(encode(batch_encoder(TOKENIZER), documents))
     assert [one.text for one in encoded] == documents
     assert [TOKENIZER.decode(one.ids.tolist()) for one in encoded] == documents
 
@@ -101,20 +103,19 @@ def test_documents_encoded_in_pieces_and_groups_come_back_in_order(documents):
 def test_pieces_that_are_cut_at_spaces_give_the_ids_of_the_whole(words):
     document = "".join(word + space for word, space in words)
     with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
-        (encoded,) = encode(TOKENIZER, [document])
+        (encoded,) = encode(batch_encoder(TOKENIZER), [document])
     assert encoded.ids.tolist() == TOKENIZER.encode(document).ids
 
 
 def test_a_long_document_goes_to_the_library_in_pieces():
     given = []
 
-    class Recorder:
-        def encode_batch_fast(self, texts, *, add_special_tokens):
-            given.append(texts)
-            return TOKENIZER.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    def record(texts):
+        given.append(texts)
+        return batch_encoder(TOKENIZER)(texts)
 
     document = "the cat " * 100_000 + "x" * 200_000
-    (encoded,) = encode(Recorder(), [document])
+    (encoded,) = encode(record, [document])
     assert TOKENIZER.decode(encoded.ids.tolist()) == document
     assert all(len(text) <= 65_536 for texts in given for text in texts)
 
@@ -163,3 +164,31 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_with_the_names_looked_for
     with pytest.raises(DataError, match=r"no end-of-text token") as caught:
         load_tokenizer(path)
     assert all(name in str(caught.value) for name in END_OF_TEXT)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_special_tokens_come_first_and_no_text_can_spell_them(kind):
+    tokenizer = train_tokenizer(iter(DOCUMENTS), vocab_size=300, kind=kind, special_tokens=["<|user|>", "<|pad|>"])
+    assert [tokenizer.token_to_id(name) for name in (END_OF_TEXT[0], "<|user|>", "<|pad|>")] == [0, 1, 2]
+    ids = tokenizer.encode("a<|user|>b").ids
+    assert not {0, 1, 2} & set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|user|>b"
+    with pytest.raises(DataError, match=r"at least 259 entries .*<\|user\|>"):
+        train_tokenizer(iter(DOCUMENTS), vocab_size=258, kind=kind, special_tokens=["<|user|>", "<|pad|>"])
+
+
+PROSE = next(read_documents(expand(["builtin:sotu"]), text_column="text")).split(". ")
+UNIGRAM = train_tokenizer(iter(PROSE), vocab_size=400, kind="unigram")
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_every_text_comes_back_from_a_unigram_tokenizer(text):
+    assert UNIGRAM.decode(UNIGRAM.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_a_unigram_tokenizer_is_the_same_each_time_and_joins_what_is_frequent():
+    again = [train_tokenizer(iter(PROSE), vocab_size=400, kind="unigram") for _ in range(3)]
+    assert {fingerprint(one) for one in again} == {fingerprint(UNIGRAM)}
+    assert len(UNIGRAM.encode(PROSE[0]).ids) < len(PROSE[0]) / 1.5
+    assert 257 < vocabulary_size(UNIGRAM) <= 400

@@ -117,14 +117,16 @@ def test_chance_in_training_comes_from_torchs_generator_alone(name: str) -> None
 @EVERY_ROUTER
 def test_gradients_of_weights_and_losses_are_those_of_finite_differences(name: str) -> None:
     """Balance loss and z-loss included, and the router's own."""
-    layer, x_TD = make_layer(name, training=True), normal(TOKENS, D_MODEL).requires_grad_()
+    layer, x_TD = make_layer(name, training=True, balance_scope="micro_batch"), normal(TOKENS, D_MODEL).requires_grad_()
     names = [each for each, _ in layer.router.named_parameters()]
 
     def outputs(x_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        own, token_T = dict(zip(names, parameters, strict=True)), token_ids(TOKENS)
         torch.manual_seed(0)
-        routing = functional_call(layer.router, dict(zip(names, parameters, strict=True)), (x_TD, token_ids(TOKENS)))
-        losses = routing.losses | layer._losses(routing, length=TOKENS)
-        return (routing.weight_TK + 0 * x_TD.sum(), *losses.values())
+        routing = functional_call(layer.router, own, (x_TD, token_T))
+        torch.manual_seed(0)
+        answer = functional_call(layer, {f"router.{name}": each for name, each in own.items()}, (x_TD, token_T))
+        return (routing.weight_TK + 0 * x_TD.sum(), *answer.losses.values())
 
     inputs = [parameter.detach().clone().requires_grad_() for parameter in layer.router.parameters()]
     assert torch.autograd.gradcheck(outputs, (x_TD, *inputs))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.prepare.directory import prepare, prepared_directory
 
 DOCUMENTS = [f"Document {number}: the cat sat on mat {number * number}, é.\n" * 5 for number in range(40)]
-STAGES = ["hash", "read", "tokenizer", "encode", "baselines"]
+STAGES = ["hash", "read", "tokenizer", "encode", "baselines", "write"]
 
 
 class Crash(Exception):
@@ -124,13 +123,14 @@ def test_the_tokenizer_never_sees_the_held_out_text(text, tmp_path):
 
 
 def test_the_baselines_of_a_large_text_use_its_beginning_and_say_so(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BASELINE_LIMIT", 1000)
+    monkeypatch.setattr(build, "BASELINE_LIMITS", (1000, 500))
     prepared = run(tmp_path / "p", text)
     train, held_out = ("".join(documents_of(prepared, part)).encode() for part in (prepared.train, prepared.held_out))
     baselines = prepared.meta.baselines
     assert baselines.truncated
-    assert (baselines.train_bytes, baselines.held_out_bytes) == (1000, min(1000, len(held_out)))
-    assert baselines.trigram == trigram_bits_per_byte(train[:1000], held_out[:1000])
+    assert (baselines.train_bytes, baselines.held_out_bytes) == (1000, 500)
+    assert baselines.trigram == trigram_bits_per_byte(train[:1000], held_out[:500])
+    assert baselines.xz == xz_bits_per_byte(held_out[:500])
 
 
 def test_preparing_twice_gives_the_same_bytes(text, tmp_path):
@@ -214,7 +214,7 @@ def test_progress_goes_through_the_stages_and_ends_at_the_total(text, tmp_path):
     assert list(dict.fromkeys(stage for stage, _, _ in seen)) == STAGES
     size = sum(len(document.encode()) for document in DOCUMENTS)
     last = {stage: (done, total) for stage, done, total in seen}
-    assert last["read"] == (size, None)
+    assert last["hash"] == last["read"] == (Path(text).stat().st_size,) * 2
     assert last["tokenizer"] == last["encode"] == (size, size)
     for stage in STAGES:
         done = [done for name, done, _ in seen if name == stage]
@@ -227,31 +227,42 @@ def test_a_crash_leaves_nothing_that_opens_and_the_next_try_succeeds(stage, text
         if now == stage:
             raise Crash
 
+    run(tmp_path / "unbroken", text)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(Crash):
         run(tmp_path / "p", text, progress=crash)
-    assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(DataError, match="does not exist"):
         open_prepared(tmp_path / "p")
+    with pytest.raises(DataError, match="unfinished"):
+        open_prepared(tmp_path / "p.partial-0")
     run(tmp_path / "p", text)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "p"])
+    assert content_of(tmp_path / "p") == content_of(tmp_path / "unbroken")
 
 
-def test_a_killed_process_leaves_nothing_that_opens_and_is_cleaned_up_after(text, tmp_path):
-    # A process that was killed could not clean up: what it was writing lies beside, under its process id.
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    beside = tmp_path / f"p.partial-{socket.gethostname()}-{gone.pid}"
-    alive = tmp_path / f"p.partial-{socket.gethostname()}-{os.getppid()}"
-    elsewhere = tmp_path / "p.partial-another-host-1"
-    for leftover in (beside, alive, elsewhere):
-        leftover.mkdir()
-        (leftover / "train.bin").write_bytes(b"half")
-        with pytest.raises(DataError, match="unfinished"):
-            open_prepared(leftover)
-    run(tmp_path / "p", text)
-    assert not beside.exists()
-    assert alive.exists()
-    assert elsewhere.exists()
+def test_work_on_other_text_is_not_gone_on_with(text, tmp_path):
+    def crash(now: str, done: int, total: int | None) -> None:
+        if now == "write":
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(tmp_path / "p", text, progress=crash)
+    other = write_rows(tmp_path / "other" / "rows.jsonl", [f"x{document}" for document in DOCUMENTS])
+    run(tmp_path / "p", other)
+    run(tmp_path / "fresh", other)
+    assert content_of(tmp_path / "p") == content_of(tmp_path / "fresh")
+    assert not list(tmp_path.glob("p.partial*"))
+
+
+def test_work_in_progress_elsewhere_is_left_alone(text, tmp_path):
+    work = tmp_path / "p.partial-0"
+    work.mkdir()
+    with open(work / "lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (work / "half").touch()
+        run(tmp_path / "p", text)
+        assert (work / "half").exists()
+    assert not (tmp_path / "p.partial-1").exists()
 
 
 def test_an_unfinished_directory_is_made_again(text, tmp_path):
@@ -296,9 +307,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(name, num_documents, tmp_path, m
 
     monkeypatch.setattr(corpus, "open", full, raising=False)
     text = write_rows(tmp_path / "rows.jsonl", DOCUMENTS[:3] + [str(number) for number in range(num_documents)])
-    with pytest.raises(DataError, match=r"p cannot be written \(the disk is full\); nothing was left there: make room"):
+    with pytest.raises(DataError, match=r"p cannot be written \(the disk is full\): make room, and the same"):
         run(tmp_path / "p", text)
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert not (tmp_path / "p").exists()
+    monkeypatch.undo()
+    run(tmp_path / "p", text)
+    run(tmp_path / "unbroken", text)
+    assert content_of(tmp_path / "p") == content_of(tmp_path / "unbroken")
 
 
 def test_a_place_that_cannot_be_written_is_told(text):
@@ -308,7 +323,7 @@ def test_a_place_that_cannot_be_written_is_told(text):
 
 def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path):
     def append(stage: str, done: int, total: int | None) -> None:
-        if stage == "tokenizer" and done == total:
+        if stage == "read":
             write_rows(Path(text), [*DOCUMENTS, "and one more"])
 
     with pytest.raises(DataError, match="changed while they were read"):
@@ -347,5 +362,15 @@ def test_a_name_that_is_a_path_and_a_tokenizer_that_is_missing_are_refused(text,
     for name in ("a/b", ""):
         with pytest.raises(DataError, match=r"data\.name is"):
             name_of(tmp_path, text, name=name)
-    with pytest.raises(DataError, match=r"data\.tokenizer is 'gone\.json'"):
+    with pytest.raises(DataError, match=r"data\.tokenizer is 'gone\.json', which is not there"):
         name_of(tmp_path, text, tokenizer="gone.json")
+
+
+def test_a_token_file_changed_later_is_found_when_asked(text, tmp_path):
+    prepared = run(tmp_path / "p", text)
+    content = bytearray(prepared.train.path.read_bytes())
+    content[-1] ^= 1
+    prepared.train.path.write_bytes(content)
+    run(tmp_path / "p", text)
+    with pytest.raises(DataError, match=r"train\.bin does not have the sha256 that meta\.json tells"):
+        run(tmp_path / "p", text, verify=True)

@@ -12,12 +12,14 @@ HELP = {
     "prepare": """usage: moetrain prepare [key=value …] [--config-dir DIR]
 
 Reads data.text, trains the tokenizer (or takes data.tokenizer) and writes token files to data.prepared
-(prepared/NAME-DIGEST). What is there already is not made again.
+(prepared/NAME-DIGEST), on all cores. What is there already is not made again but compared with its digests; after a
+crash or an interrupt the same command goes on where it was.
 
 examples:
   moetrain prepare
   moetrain prepare 'data.text=[books/*.txt]' data.name=books model.vocab_size=16384
   moetrain prepare data.text=wiki.parquet data.text_column=body data.tokenizer=tokenizer.json
+  moetrain prepare data.text=notes.jsonl data.name=notes prepare.duplicates=exact prepare.min_characters=20
 """,
     "data": """usage: moetrain data show [step=N] [samples=N] [picture=FILE] [key=value …] [--config-dir DIR]
 
@@ -41,7 +43,7 @@ def prepare(words: Sequence[str]) -> int:
     run, _ = settings(Options.read(words))
     from moetrain.report.screen import prepared_text
 
-    for part in corpus_of(run).parts.values():
+    for part in corpus_of(run, verify=True).parts.values():
         print(prepared_text(part.directory, part))
     return 0
 

@@ -1,0 +1,306 @@
+"""Many processes, one result: whatever their number, and wherever they are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moetrain.data.corpus import Prepared, open_prepared
+from moetrain.data.tokenizer import load_tokenizer
+from moetrain.errors import DataError
+from moetrain.parallel.pool import WorkerLost, run_tasks
+from moetrain.prepare import dedup, encoding
+from moetrain.prepare.build import Options
+from moetrain.prepare.directory import prepare
+from moetrain.sources import spool
+
+WORDS = ["the", " cat", "sat ", "\n", "é", "\U0001f600", " 1984", "<|endoftext|>", "  ", "ing"]
+
+
+def write_rows(path: Path, documents: list[str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+    return str(path)
+
+
+def some_documents(number: int, *, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [f"{one} " + "".join(draw.choices(WORDS, k=draw.randint(1, 60))) for one in range(number)]
+
+
+def run(directory: Path, *text: str, **options: Any) -> Prepared:
+    return prepare(
+        directory,
+        text=list(text),
+        text_column="text",
+        held_out=0.2,
+        vocab_size=400,
+        tokenizer=None,
+        progress=lambda stage, done, total: None,
+        say=lambda line: None,
+        options=Options(**options),
+    )
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def tiny_shards(monkeypatch):
+    monkeypatch.setattr(encoding, "SMALL", 0)
+    monkeypatch.setattr(spool, "SMALLEST", 2000)
+
+
+def test_the_token_files_are_the_same_for_any_number_of_workers_and_either_encoder(tmp_path, tiny_shards, monkeypatch):
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(300))
+    for workers in (1, 2, 3):
+        for fast in (False, True):
+            run(tmp_path / f"{workers}-{fast}", text, workers=workers, fast_encoder=fast)
+    monkeypatch.setattr(encoding, "SMALL", 1 << 30)
+    run(tmp_path / "here", text)
+    monkeypatch.setattr(spool, "SMALLEST", 1 << 20)
+    run(tmp_path / "one shard", text)
+    directories = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(directories) == 8
+    assert all(content_of(path) == content_of(tmp_path / "here") for path in directories)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map("".join), min_size=2, max_size=40),
+    smallest=st.integers(1, 500),
+    files=st.integers(1, 3),
+)
+def test_every_document_comes_once_and_in_order_however_shards_fall(tmp_path_factory, documents, smallest, files):
+    documents = [*documents, "one", "another"]
+    base = tmp_path_factory.mktemp("once")
+    paths = [write_rows(base / f"{number}.jsonl", documents[number::files]) for number in range(files)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "SMALLEST", smallest)
+        prepared = run(base / "p", *paths)
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    found = []
+    for part in (prepared.train, prepared.held_out):
+        ends = [*part.documents[1:].tolist(), part.num_tokens]
+        found += [
+            tokenizer.decode(part.tokens[start : end - 1].tolist(), skip_special_tokens=False)
+            for start, end in zip(part.documents.tolist(), ends, strict=True)
+        ]
+    in_order = [one for number in range(files) for one in documents[number::files] if one.strip()]
+    assert sorted(found) == sorted(in_order)
+    train = found[: prepared.train.num_documents]
+    assert train == [one for one in in_order if one in set(train)]
+
+
+SCRIPT = """
+import sys
+from moetrain.prepare import dedup, encoding
+from moetrain.sources import spool
+from moetrain.prepare.directory import prepare
+from moetrain.prepare.build import Options
+from pathlib import Path
+encoding.SMALL, spool.SMALLEST = 0, 2000
+print("started", flush=True)
+prepare(Path(sys.argv[1]), text=[sys.argv[2]], text_column="text", held_out=0.2, vocab_size=400, tokenizer=None,
+        progress=lambda stage, done, total: print(stage, done, total, flush=True), options=Options(workers=2))
+"""
+
+
+def start(directory: Path, text: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(directory), text], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def read_until(process: subprocess.Popen[str], stage: str, times: int) -> int:
+    """How often the stage was told before it had been told so often, or the process ended."""
+    assert process.stdout is not None
+    seen = 0
+    for line in process.stdout:
+        seen += line.startswith(stage)
+        if seen == times:
+            break
+    return seen
+
+
+def workers_of(directory: Path) -> list[int]:
+    """Processes that have a file or their tasks in the directory of work open, by what their parent was."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if b"moetrain.prepare.shards" in command and str(directory).encode() in environment:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(("stage", "times"), [("read", 1), ("tokenizer", 2), ("encode", 4), ("write", 2)])
+def test_a_process_killed_at_any_moment_is_gone_on_with_and_leaves_no_worker(stage, times, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARK", str(tmp_path))
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(400))
+    process = start(tmp_path / "p", text)
+    assert read_until(process, stage, times) == times
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    assert not (tmp_path / "p").exists()
+    deadline = time.monotonic() + 20
+    while workers_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers_of(tmp_path)
+    work = tmp_path / "p.partial-0"
+    done = {path: path.stat().st_mtime_ns for path in work.glob("*/0*.json")}
+    again = start(tmp_path / "p", text)
+    assert read_until(again, "write", 1) == 1
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # what was done was not done again
+    again.communicate()
+    assert again.returncode == 0
+    monkeypatch.setattr(encoding, "SMALL", 1 << 30)
+    run(tmp_path / "unbroken", text)
+    assert content_of(tmp_path / "p") == content_of(tmp_path / "unbroken")
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("when", ["sample", "shard"])
+def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_once(
+    when, tmp_path, tiny_shards, monkeypatch
+):
+    pytest.importorskip("tiktoken")
+    # "abc" can be joined in two ways, of which tokenizers knows one (tests/tokenization/test_fast.py)
+    from moetrain.data.tokenizer import train_tokenizer
+
+    content = json.loads(train_tokenizer(iter([]), vocab_size=257).to_str())
+    content["model"]["vocab"] |= {"bc": 257, "ab": 258, "abc": 259}
+    content["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
+    given_path = tmp_path / "given.json"
+    given_path.write_text(json.dumps(content))
+    documents = [f"{number} abc " + "x" * 100 for number in range(600)]
+    text = write_rows(tmp_path / "rows.jsonl", documents)
+    if when == "shard":
+        monkeypatch.setattr(encoding, "vocabulary_texts", lambda tokenizer: [])
+        monkeypatch.setattr(encoding, "_sample", lambda work, shards: [])
+    said: list[str] = []
+    settings: dict[str, Any] = {
+        "text": [text], "text_column": "text", "held_out": 0.2, "vocab_size": 260, "tokenizer": str(given_path),
+        "progress": lambda stage, done, total: None, "say": said.append,
+    }  # fmt: skip
+    prepare(tmp_path / "p", **settings, options=Options(workers=2))
+    assert len(said) == 1
+    assert "not with the faster tiktoken: it gave other ids for" in said[0]
+    prepare(tmp_path / "plain", **settings, options=Options(workers=2, fast_encoder=False))
+    assert content_of(tmp_path / "p") == content_of(tmp_path / "plain")
+
+
+def test_a_killed_worker_is_told_and_the_next_start_goes_on(tmp_path, tiny_shards, monkeypatch):
+    monkeypatch.setenv("MARK", str(tmp_path))
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(400))
+
+    def kill(stage: str, done: int, total: int | None) -> None:
+        if stage == "encode" and done:
+            for pid in workers_of(tmp_path):
+                os.kill(pid, signal.SIGKILL)
+
+    settings: dict[str, Any] = {
+        "text": [text], "text_column": "text", "held_out": 0.2, "vocab_size": 400, "tokenizer": None,
+        "say": lambda line: None, "options": Options(workers=2),
+    }  # fmt: skip
+    with pytest.raises(WorkerLost, match=r"SIGKILL \(often out of memory: set prepare\.workers lower\)"):
+        prepare(tmp_path / "p", progress=kill, **settings)
+    done = list((tmp_path / "p.partial-0" / "encoded").glob("*.json"))
+    assert done
+    prepare(tmp_path / "p", progress=lambda *_: None, **settings)
+    open_prepared(tmp_path / "p", verify=True)
+
+
+def test_a_fault_in_a_worker_comes_through_as_what_it_is(tmp_path):
+    (tmp_path / "encoded").mkdir()
+    task = {"what": "baselines", "directory": str(tmp_path)}
+    with pytest.raises(FileNotFoundError):
+        list(run_tasks(iter([task]), module="moetrain.prepare.shards", workers=1))
+    with pytest.raises(RuntimeError, match="KeyError: 'what'"):
+        list(run_tasks(iter([{"directory": "x"}]), module="moetrain.prepare.shards", workers=1))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    task = {"what": "encode", "directory": str(tmp_path), "cut": 1, "fast": False, "shard": 0}
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer file"):
+        list(run_tasks(iter([task]), module="moetrain.prepare.shards", workers=1))
+
+
+def documents_in(prepared: Prepared) -> list[str]:
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    return [
+        tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False)
+        for part in (prepared.train, prepared.held_out)
+        for piece in np.split(part.tokens, part.documents[1:])
+    ]
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_duplicates_and_lengths_are_left_out_and_counted(workers, tmp_path, monkeypatch):
+    pytest.importorskip("rensa")
+    if workers:
+        monkeypatch.setattr(encoding, "SMALL", 0)
+        monkeypatch.setattr(dedup, "SMALL", 0)
+    monkeypatch.setattr(spool, "SMALLEST", 3000)
+    long_ones = [" ".join(f"w{(seed * 7919 + n * n) % 9973}" for n in range(200)) for seed in range(12)]
+    similar = [f"{text} and a word more" for text in long_ones[:5]]
+    documents = [*long_ones, "x", *long_ones[3:9], *similar, "long " * 1000, " "]
+    text = write_rows(tmp_path / "rows.jsonl", documents)
+    limits = {"min_characters": 2, "max_characters": 4000, "workers": workers}
+    counts = {"min_characters": 1, "max_characters": 1}
+    for mode, expected, dropped in (
+        ("keep", [*long_ones, *long_ones[3:9], *similar], {}),
+        ("exact", [*long_ones, *similar], {"exact_duplicates": 6}),
+        ("near", long_ones, {"exact_duplicates": 6, "near_duplicates": 5}),
+    ):
+        prepared = run(tmp_path / mode, text, duplicates=mode, **limits)
+        assert sorted(documents_in(prepared)) == sorted(expected)
+        assert prepared.meta.dropped == counts | dropped
+        assert prepared.meta.empty_documents == 1
+
+
+def test_filters_that_leave_nothing_are_named(tmp_path):
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(5))
+    with pytest.raises(DataError, match=r"holds 5 documents, but the filters of prepare\.min_characters"):
+        run(tmp_path / "p", text, min_characters=10_000)
+
+
+@pytest.mark.parametrize("name", ["spool/000000.text", "encoded/000000.bin"])
+def test_work_that_was_damaged_meanwhile_is_found(name, tmp_path, tiny_shards):
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(300))
+
+    def damage(stage: str, done: int, total: int | None) -> None:
+        path = tmp_path / "p.partial-0" / name
+        if stage == "encode" and done == total and name.startswith("encoded"):
+            content = bytearray(path.read_bytes())
+            content[3] ^= 1
+            path.write_bytes(content)
+        if stage == "read" and done == total and name.startswith("spool") and path.exists():
+            content = bytearray(path.read_bytes())
+            content[3] ^= 1
+            path.write_bytes(content)
+
+    with pytest.raises(DataError, match="was damaged since it was written"):
+        prepare(
+            tmp_path / "p", text=[text], text_column="text", held_out=0.2, vocab_size=400, tokenizer=None,
+            progress=damage, options=Options(workers=2),
+        )  # fmt: skip
+    assert not (tmp_path / "p").exists()
+    run(tmp_path / "p", text)
