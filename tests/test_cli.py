@@ -18,8 +18,8 @@ from as_typed import Output, assert_told, everything
 
 import moetrain
 from moetrain.cli import main as cli
-from moetrain.cli import train
 from moetrain.cli.options import Options, settings
+from moetrain.cli.running import train
 from moetrain.compose import compose
 from moetrain.config.checks import resolve
 from moetrain.config.freeze import freeze, read_run, to_dict, write_run

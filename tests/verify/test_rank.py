@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import moetrain
-from moetrain.cli import verify
+from moetrain.cli.before import verify
 from moetrain.cli.main import main
 from moetrain.cli.options import Options, settings
 from moetrain.compose import presets
