@@ -19,7 +19,7 @@ from as_typed import Output, assert_told, everything
 import moetrain
 from moetrain.cli import main as cli
 from moetrain.cli.options import Options, settings
-from moetrain.cli.running import train
+from moetrain.cli.results import model
 from moetrain.compose import compose
 from moetrain.config.checks import resolve
 from moetrain.config.freeze import freeze, read_run, to_dict, write_run
@@ -333,7 +333,7 @@ class TestSample:
             asked.update(wanted)
             return [" and", " so on"]
 
-        monkeypatch.setattr(train, "_sample", answer)
+        monkeypatch.setattr(model, "write", answer)
         words = ("run_dir=runs/a b", f"prompt={prompt}", "temperature=1e-1", "max_tokens=7", "seed=3")
         done = moetrain_in_process("sample", *words)
         assert (done.returncode, done.stdout) == (0, f"{prompt} and so on\n")
