@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.config.freeze import flatten, is_setting, setting_names, suggest
+from moetrain.config.freeze import config_directory, flatten, is_setting, setting_names, suggest
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError
 
@@ -42,13 +42,6 @@ class Composed:
     """Dotted name -> the file or ``command line`` that set it; not there: the default."""
     choices: dict[str, str]
     """Config group -> the file chosen in it, e.g. ``model/moe`` -> ``none``."""
-
-
-def config_directory() -> Path:
-    """The directory of the presets: in a checkout beside the package, in an installation inside it."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def presets(group: str) -> dict[str, str]:

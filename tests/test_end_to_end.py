@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from moetrain.config.freeze import read_run
+from moetrain.plan.memory import memory_of
+from moetrain.plan.published import layout_of
 from moetrain.prepare.text import expand, read_documents
 
 STEPS = 24
@@ -113,6 +117,18 @@ def test_a_run_learns_and_says_what_it_reached(place, unbroken):
     assert "Traceback" not in unbroken.stdout + unbroken.stderr
     for file in ("run.yaml", "origin.json", "loss.png", "expert_load.png", "checkpoints/step_00000024/manifest.json"):
         assert (place / "runs/unbroken" / file).is_file()
+
+
+def test_a_run_holds_the_plan_against_what_it_measures(place, unbroken):
+    told = json.loads((place / "runs" / "unbroken" / "plan.json").read_text())
+    settings = read_run(place / "runs" / "unbroken")
+    memory = memory_of(settings.model, layout_of(settings), sequence_length=32, device="cpu").total
+    pace = [line["tokens_per_second"] for line in metrics(place, "unbroken") if "tokens_per_second" in line]
+    assert told["memory_bytes"] == memory
+    assert told["measured_step_seconds"] == pytest.approx(8 * 32 / statistics.median(pace[1:3]))
+    for text in (f"planned for cpu {told['step_seconds']:,.3g} s", f"measured {told['measured_step_seconds']:,.3g} s",
+                 f"planned {memory / 1e9:,.2f} GB of tensors, resident at most"):  # fmt: skip
+        assert text in " ".join(unbroken.stdout.split())
 
 
 def test_a_finished_run_is_not_trained_again(place, unbroken):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.compose import compose, config_directory
+from moetrain.compose import compose
 from moetrain.config.checks import check, resolve
 from moetrain.config.deepspeed import deepspeed_config
-from moetrain.config.freeze import flatten, freeze, to_dict
+from moetrain.config.freeze import config_directory, flatten, freeze, to_dict
 from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.model.build import build_model
 from moetrain.plan.flops import count_parameters

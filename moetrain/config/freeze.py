@@ -20,6 +20,13 @@ RUN_FILE = "run.yaml"
 Section = typing.TypeVar("Section")
 
 
+def config_directory() -> Path:
+    """The directory of the presets: in a checkout beside the package, in an installation inside it."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
 def freeze(settings: dict[str, Any]) -> RunConfig:
     """Turn a composed dict into the settings of a run.
 

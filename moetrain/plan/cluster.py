@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moetrain.config.freeze import freeze_section
+import yaml
+
+from moetrain.config.freeze import config_directory, freeze_section
 from moetrain.errors import ConfigError
 
 GB = 1e9
@@ -21,6 +25,8 @@ class Cluster:
 
     gpu: str = ""
     """What one device is called."""
+    device_name: str | None = None
+    """What PyTorch calls it, as a regular expression of the whole name; null: no run is known to be on it by that."""
     device: str = "cuda"
     """cuda or cpu: they keep different activations."""
     calibrated_on: str | None = None
@@ -77,7 +83,15 @@ def read_cluster(settings: dict[str, Any], *, name: str) -> Cluster:
         ConfigError: every missing or unknown entry, every number that is not above 0.
     """
     fields = dataclasses.fields(Cluster)
-    optional = {"device", "calibrated_on", "efficiency", "watts_per_gpu", "price_per_gpu_hour", "currency"}
+    optional = {
+        "device",
+        "device_name",
+        "calibrated_on",
+        "efficiency",
+        "watts_per_gpu",
+        "price_per_gpu_hour",
+        "currency",
+    }
     where = f"cluster {name}"
     problems = [
         f"{where}: '{field.name}' is missing: give it a value, as configs/cluster/h100_ib.yaml does"
@@ -105,3 +119,23 @@ def read_cluster(settings: dict[str, Any], *, name: str) -> Cluster:
     if problems:
         raise ConfigError(problems)
     return cluster
+
+
+def known_clusters() -> dict[str, Cluster]:
+    """The clusters that moetrain ships, by the name of their file."""
+    paths = sorted((config_directory() / "cluster").glob("*.yaml"))
+    return {path.stem: read_cluster(yaml.safe_load(path.read_text(encoding="utf-8")), name=path.stem) for path in paths}
+
+
+def of_device(clusters: Mapping[str, Cluster], *, device: str, device_name: str) -> str | None:
+    """The first cluster with such a device; None: there is none.
+
+    Args:
+        device: cuda or cpu.
+        device_name: as ``torch.cuda.get_device_name`` has it; any for a CPU.
+    """
+    for name, cluster in clusters.items():
+        is_named = cluster.device_name is not None and re.fullmatch(cluster.device_name, device_name)
+        if cluster.device == device and (device == "cpu" or is_named):
+            return name
+    return None

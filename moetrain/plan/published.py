@@ -14,11 +14,14 @@ import yaml
 from moetrain.config.freeze import freeze_section
 from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.errors import DataError
-from moetrain.plan.cluster import Cluster
+from moetrain.plan.cluster import Cluster, known_clusters, of_device
 from moetrain.plan.layout import Layout
+from moetrain.plan.memory import IMBALANCE, Memory, memory_of
 from moetrain.plan.time import Conditions, StepTime, step_time
 
 RUNS_FILE = Path(__file__).with_name("published.yaml")
+PLAN_FILE = "plan.json"
+"""In the directory of a run: an ``Expectation`` and what was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Run:
     imbalance: float = 1.0
     """Rows at the fullest device over the mean; benchmarks force an even load."""
     note: str = ""
+    memory_bytes: float | None = None
+    """Peak on the fullest device, where it is known."""
 
     @property
     def is_sparse(self) -> bool:
@@ -47,6 +52,10 @@ class Run:
         """Its step, predicted."""
         conditions = Conditions(efficiency=efficiency, imbalance=self.imbalance, overlap=self.overlap)
         return step_time(self.model, self.layout, cluster, sequence_length=self.sequence_length, conditions=conditions)
+
+    def planned_memory(self, device: str) -> Memory:
+        """What a device of it holds, planned."""
+        return memory_of(self.model, self.layout, sequence_length=self.sequence_length, device=device)
 
     def predicted(self, cluster: Cluster, *, efficiency: float) -> float:
         """Tokens per second and GPU."""
@@ -80,6 +89,64 @@ def calibrate(runs: Iterable[Run], clusters: Mapping[str, Cluster]) -> float:
     return low
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What the plan says of a run, to be held against what it measures."""
+
+    cluster: str | None
+    """The file whose device it runs on; None: there is no such file."""
+    device: str
+    """cuda or cpu."""
+    memory_bytes: float
+    """On the fullest device, at the fullest moment of a step."""
+    step_seconds: float | None
+    """None: no cluster, no time."""
+
+
+def layout_of(run: RunConfig) -> Layout:
+    """The layout of a resolved run."""
+    gpus, micro_batch = run.launch.processes or 1, run.batch.micro_batch or 1
+    return Layout(
+        gpus=gpus,
+        expert_parallel=run.parallel.expert_parallel or 1,
+        zero_stage=run.parallel.zero_stage,
+        recompute=run.parallel.recompute,
+        offload_optimizer=run.parallel.offload_optimizer,
+        micro_batch=micro_batch,
+        accumulation=run.batch.global_batch // (micro_batch * gpus),
+    )
+
+
+def efficiency_on(cluster: Cluster, clusters: Mapping[str, Cluster]) -> float:
+    """Share of the peak that matrix products reach: what the cluster says, else that of the published runs.
+
+    Args:
+        clusters: file name -> cluster, for every published run.
+    """
+    if cluster.efficiency is not None:
+        return cluster.efficiency
+    alike = [run for run in published_runs() if clusters[run.cluster].calibrated_on == cluster.calibrated_on]
+    return calibrate(alike, clusters)
+
+
+def expect(run: RunConfig, *, device: str, device_name: str) -> Expectation:
+    """What ``moetrain plan`` would say of a run's layout on the machine it runs on.
+
+    Args:
+        run: resolved.
+        device: cuda or cpu.
+        device_name: as ``torch.cuda.get_device_name`` has it; any for a CPU.
+    """
+    layout, length, clusters = layout_of(run), run.batch.sequence_length or run.model.context, known_clusters()
+    name = of_device(clusters, device=device, device_name=device_name)
+    seconds = None
+    if name is not None:
+        conditions = Conditions(efficiency=efficiency_on(clusters[name], clusters), imbalance=(1 + IMBALANCE) / 2)
+        seconds = step_time(run.model, layout, clusters[name], sequence_length=length, conditions=conditions).total
+    memory = memory_of(run.model, layout, sequence_length=length, device=device)
+    return Expectation(cluster=name, device=device, memory_bytes=memory.total, step_seconds=seconds)
+
+
 def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str) -> Run:
     """A run of ours as one to compare with, and to calibrate on.
 
@@ -94,17 +161,7 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
     steps = [line for line in lines if line.get("tokens_per_second")][1:]
     if not steps:
         raise DataError(f"{run.run_dir} has logged no two stretches of steps yet: let it run on")
-    gpus = (run.launch.processes or 1) * (getattr(run.launch, "nodes", None) or 1)
-    micro_batch = run.batch.micro_batch or 1
-    layout = Layout(
-        gpus=gpus,
-        expert_parallel=run.parallel.expert_parallel or 1,
-        zero_stage=run.parallel.zero_stage,
-        recompute=getattr(run.parallel, "recompute", "none"),
-        offload_optimizer=getattr(run.parallel, "offload_optimizer", False),
-        micro_batch=micro_batch,
-        accumulation=run.batch.global_batch // (micro_batch * gpus),
-    )
+    layout = layout_of(run)
     skews = [_skew(line["load"], devices=layout.expert_parallel) for line in steps if line.get("load")]
     return Run(
         name=str(run.run_dir),
@@ -114,8 +171,9 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
         layout=layout,
         sequence_length=run.batch.sequence_length or run.model.context,
         overlap=0.0,
-        measured=statistics.median(line["tokens_per_second"] for line in steps) / gpus,
+        measured=statistics.median(line["tokens_per_second"] for line in steps) / layout.gpus,
         imbalance=statistics.median(skews) if skews else 1.0,
+        memory_bytes=max((line["peak_memory_gb"] * 1e9 for line in steps if line.get("peak_memory_gb")), default=None),
     )
 
 

@@ -64,8 +64,21 @@ def comparison_screen(runs: Sequence[Run], cluster: Cluster, *, name: str, effic
     """Print runs beside the plan, and the efficiency at which the plan would be right."""
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     console.print(f"planned for {name} at {efficiency:.0%} of its peak in matrix products", markup=False)
-    table = Table("run", "GPUs", "EP", "ZeRO", "load", "tokens/s", "planned", "off", "step", "planned", box=None,
-                  pad_edge=False, header_style="dim")  # fmt: skip
+    columns = (
+        "run",
+        "GPUs",
+        "EP",
+        "ZeRO",
+        "load",
+        "tokens/s",
+        "planned",
+        "off",
+        "step",
+        "planned",
+        "memory",
+        "planned",
+    )
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
     for run in runs:
@@ -76,6 +89,8 @@ def comparison_screen(runs: Sequence[Run], cluster: Cluster, *, name: str, effic
             escape(run.name), f"{layout.gpus:,}", str(layout.expert_parallel), str(layout.zero_stage),
             f"{run.imbalance:.2f}", f"{run.measured * layout.gpus:,.0f}", f"{planned * layout.gpus:,.0f}",
             f"{planned / run.measured - 1:+.0%}", f"{seconds * planned / run.measured:.3g} s", f"{seconds:.3g} s",
+            "-" if run.memory_bytes is None else f"{run.memory_bytes / GB:,.2f} GB",
+            f"{run.planned_memory(cluster.device).total / GB:,.2f} GB",
         )  # fmt: skip
     console.print(table)
     right = calibrate(runs, {name: cluster})

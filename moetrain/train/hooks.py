@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from moetrain.errors import CheckpointError, TrainingError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.metrics.speed import Speed
+from moetrain.plan.published import PLAN_FILE, Expectation
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.loop import StepResult, TrainState
 
@@ -73,6 +78,7 @@ class LogHook:
         every_steps: int,
         steps: int,
         speed: Speed,
+        peak_memory: Callable[[], int | None],
         meter: LoadMeter | None,
         group: dist.ProcessGroup,
         record: Record,
@@ -80,7 +86,7 @@ class LogHook:
         clock: Clock,
     ) -> None:
         self._every, self._steps, self._clock = every_steps, steps, clock
-        self._speed, self._meter, self._group = speed, meter, group
+        self._speed, self._meter, self._group, self._peak_memory = speed, meter, group, peak_memory
         self._record, self._bar = record, bar
         self._losses: list[Tensor] = []
         self._result: StepResult | None = None
@@ -127,6 +133,7 @@ class LogHook:
             "tokens_per_second": speed.tokens_per_second,
             "flops_per_second": speed.flops_per_second,
             "mfu": speed.mfu,
+            "peak_memory_gb": self._fullest(losses.device),
         }
         note = f"loss {line['loss']:.3f}  {speed.tokens_per_second:,.0f} tok/s"
         if self._meter is not None:
@@ -142,6 +149,69 @@ class LogHook:
                 f"the loss is {line['loss']} at step {state.step}: lower optim.lr or lengthen schedule.warmup_steps; "
                 "the same command resumes from the newest checkpoint"
             )
+
+    def _fullest(self, device: torch.device) -> float | None:
+        """Peak memory of the rank that needs most, in GB."""
+        peak = torch.tensor([float(self._peak_memory() or 0)], dtype=torch.float64, device=device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self._group)
+        return peak.item() / 1e9 or None
+
+
+class PlanCheck:
+    """Says once, after the first steps, how far the plan was off in time and memory; it is kept in RUN_DIR/plan.json.
+
+    Args:
+        expected: what the plan says.
+        run_dir: directory of the run.
+        step_tokens: of one optimizer step, over all ranks.
+        say: shows a line to the user.
+    """
+
+    LINES = 3
+    """The first line of metrics holds the start, which is slower."""
+
+    def __init__(self, expected: Expectation, *, run_dir: Path, step_tokens: int, say: Callable[[str], None]) -> None:
+        self._expected, self._path, self._say = expected, run_dir / PLAN_FILE, say
+        self._step_tokens = step_tokens
+        self._lines: list[dict[str, Any]] = []
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Look at a line of metrics of training steps."""
+        if len(self._lines) == self.LINES:
+            return
+        self._lines.append(line)
+        if len(self._lines) < self.LINES:
+            return
+        pace = statistics.median(each["tokens_per_second"] for each in self._lines[1:])
+        seconds, memory = self._step_tokens / pace, line["peak_memory_gb"]
+        for text in plan_text(self._expected, step_seconds=seconds, memory_gb=memory).splitlines():
+            self._say(text)
+        told = asdict(self._expected) | {"measured_step_seconds": seconds,
+                                         "measured_memory_bytes": None if memory is None else memory * 1e9}  # fmt: skip
+        beside = self._path.with_suffix(".json.tmp")
+        beside.write_text(json.dumps(told, indent=1), encoding="ascii")
+        beside.replace(self._path)
+
+
+def plan_text(expected: Expectation, *, step_seconds: float, memory_gb: float | None) -> str:
+    """Planned and measured in two lines.
+
+    On a CPU the memory is not comparable: resident are libraries, too, and what the C library keeps for later.
+    """
+    planned = expected.step_seconds
+    time = f"measured {step_seconds:,.3g} s; not planned: no file of configs/cluster has this device"
+    if planned is not None:
+        off = f"{planned / step_seconds - 1:+.0%}"
+        time = f"planned for {expected.cluster} {planned:,.3g} s, measured {step_seconds:,.3g} s: the plan is {off}"
+    planned_gb = expected.memory_bytes / 1e9
+    memory = f"planned {planned_gb:,.2f} GB of tensors, "
+    if memory_gb is None:
+        memory += "not measured"
+    elif expected.device == "cpu":
+        memory += f"resident at most {memory_gb:,.2f} GB with libraries and memory kept for later"
+    else:
+        memory += f"measured {memory_gb:,.2f} GB: the plan is {planned_gb / memory_gb - 1:+.0%}"
+    return f"step   {time}\nmemory {memory}"
 
 
 class EvaluateHook:

@@ -21,6 +21,7 @@ from moetrain.metrics.speed import Speed, peak_flops
 from moetrain.model.build import build_model, expert_table, initialize
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel.groups import Groups
+from moetrain.parallel.host import resident_bytes
 from moetrain.parallel.topology import Topology
 from moetrain.plan.flops import flops_per_token
 from moetrain.train.engine import Engine
@@ -152,6 +153,23 @@ def make_speed(run: RunConfig, *, groups: Groups, sizes: Sizes) -> Speed:
         peak_flops=peak,
         world_size=groups.topology.world_size,
     )
+
+
+class MemoryGauge:
+    """The most memory that this rank has needed: on a GPU what PyTorch's allocator held; on a CPU what was resident,
+    above what the program itself took before there was a model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = resident_bytes() or 0
+
+    def peak(self) -> int | None:
+        """Bytes, so far; None: this system does not tell."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device)
+        peak = resident_bytes(peak=True)
+        return None if peak is None else peak - self._before
 
 
 def make_schedule(run: RunConfig, *, sizes: Sizes) -> Schedule:

@@ -31,16 +31,17 @@ from moetrain.data.loader import Ahead, Batches
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
-from moetrain.metrics.log import MetricsLog, open_wandb
+from moetrain.metrics.log import MetricsLog, WandbLog, open_wandb
 from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
+from moetrain.plan.published import expect
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
-from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
+from moetrain.train.hooks import Clock, EvaluateHook, LogHook, PlanCheck, Record, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
-from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batches
+from moetrain.train.setup import MemoryGauge, Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Parts:
     batches: Batches
     packing: Packing
     engine: Engine
+    gauge: MemoryGauge
 
     @property
     def is_first(self) -> bool:
@@ -74,6 +76,7 @@ def run_rank(run_dir: Path) -> bool:
         timeout_seconds=run.launch.timeout_seconds,
         two_level=run.parallel.two_level_all_to_all,
     )
+    gauge = MemoryGauge(groups.device)
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     corpus = open_corpus(run.data)
@@ -92,6 +95,7 @@ def run_rank(run_dir: Path) -> bool:
         batches=make_batches(run, corpus),
         packing=corpus.packing(run.data),
         engine=engine,
+        gauge=gauge,
     )
     state, resumed_from = _restore(parts)
 
@@ -99,11 +103,7 @@ def run_rank(run_dir: Path) -> bool:
         # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
         logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
     log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
-    wandb = (
-        open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name), config=to_dict(run))
-        if parts.is_first
-        else None
-    )
+    wandb = _wandb(parts) if parts.is_first else None
 
     def record(line: dict[str, Any]) -> None:
         for each in (log, wandb):
@@ -129,13 +129,21 @@ def _train(
 ) -> None:
     run, groups, sizes = parts.run, parts.groups, parts.sizes
     clock = Clock()
+    check = _plan_check(parts, say=bar.say) if parts.is_first else None
+
+    def take(line: dict[str, Any]) -> None:
+        record(line)
+        if check is not None:
+            check.take(line)
+
     log = LogHook(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
         speed=make_speed(run, groups=groups, sizes=sizes),
+        peak_memory=parts.gauge.peak,
         meter=make_meter(run, groups.device, dead_after=run.log.dead_after_steps),
         group=groups.world,
-        record=record,
+        record=take,
         bar=bar,
         clock=clock,
     )
@@ -169,6 +177,20 @@ def _train(
     save.finish()
     if state.step < sizes.steps:
         bar.say(f"saved at step {state.step:,}")
+
+
+def _wandb(parts: Parts) -> WandbLog | None:
+    run = parts.run
+    return open_wandb(
+        parts.run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name), config=to_dict(run)
+    )
+
+
+def _plan_check(parts: Parts, *, say: Callable[[str], None]) -> PlanCheck:
+    device = parts.groups.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    expected = expect(parts.run, device=device.type, device_name=name)
+    return PlanCheck(expected, run_dir=parts.run_dir, step_tokens=parts.sizes.tokens_per_step, say=say)
 
 
 def _save_hook(

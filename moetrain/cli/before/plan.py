@@ -232,19 +232,12 @@ def _model(options: Options) -> _Model:
 def _cluster(asked: _Asked, options: Options) -> tuple[Cluster, float]:
     """The cluster, and the share of the peak that matrix products reach on it."""
     from moetrain.compose import compose_file
-    from moetrain.plan.cluster import read_cluster
-    from moetrain.plan.published import calibrate, published_runs
+    from moetrain.plan.cluster import known_clusters, read_cluster
+    from moetrain.plan.published import efficiency_on
 
-    def read(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Cluster:
-        return read_cluster(compose_file("cluster", name, overrides=overrides, config_dir=config_dir), name=name)
-
-    cluster = read(asked.cluster, asked.cluster_overrides, options.config_dir)
-    if cluster.efficiency is not None:
-        return cluster, cluster.efficiency
-    runs = published_runs()
-    clusters = {name: read(name) for name in sorted({run.cluster for run in runs})}
-    alike = [run for run in runs if clusters[run.cluster].calibrated_on == cluster.calibrated_on]
-    return cluster, calibrate(alike, clusters)
+    settings = compose_file("cluster", asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
+    cluster = read_cluster(settings, name=asked.cluster)
+    return cluster, efficiency_on(cluster, known_clusters())
 
 
 def _tokens(asked: _Asked, model: ModelConfig) -> float:
