@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import io
+import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from moetrain.checkpoint import store
+
+_BLOCK = 8 << 20
+"""Bytes of one write."""
 
 
 def on_storage_of_its_own(view: Tensor) -> Tensor:
@@ -30,47 +37,116 @@ def on_storage_of_its_own(view: Tensor) -> Tensor:
 
 
 class DigestedFiles(FileSystem):
-    """Digests what is written on its way to the disk, so that nothing is read again."""
+    """Files that are on the disk when they are closed, digested on the way there, so that nothing is read again."""
 
     def __init__(self) -> None:
         self.digests: list[store.FileDigest] = []
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with Path(path).open(mode) as file, ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
-            stream = _DigestedStream(file, beside)
+        assert mode == "wb", mode
+        stream = _DigestedStream(Path(path))
+        try:
             yield stream
+            stream.finish()
+        finally:
+            stream.release()
         self.digests.append(store.FileDigest(name=Path(path).name, size=stream.size, sha256=stream.sha256.hexdigest()))
 
 
 class _DigestedStream(io.RawIOBase):
-    """An open file that keeps the digest of what goes through it; torch writes front to back and never seeks."""
+    """A file written front to back in blocks, past the page cache where the file system allows it.
 
-    def __init__(self, file: Any, beside: ThreadPoolExecutor) -> None:
+    One thread fills a block while others write and digest the ones before; all of them leave Python's lock to the
+    training thread. Through the page cache the same bytes would be copied once more, and wait until the end to be
+    written.
+    """
+
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self._file, self._beside = file, beside
         self.size, self.sha256 = 0, hashlib.sha256()
+        self._file = _open_direct(path)
+        self._blocks = [mmap.mmap(-1, _BLOCK) for _ in range(3)]
+        self._arrays = [np.frombuffer(block, dtype=np.uint8) for block in self._blocks]
+        self._busy: list[list[Future[Any]]] = [[] for _ in self._blocks]
+        self._current, self._filled = 0, 0
+        self._writer, self._digester = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "digest")
 
     def write(self, data: Any) -> int:
-        # both leave Python's lock to the training thread; a small piece is not worth the hand-over
-        digested = self._beside.submit(self.sha256.update, data) if len(data) > 1 << 18 else self.sha256.update(data)
-        try:
-            self._file.write(data)
-        finally:
-            if digested is not None:
-                digested.result()
-        self.size += len(data)
+        rest = np.frombuffer(data, dtype=np.uint8)
+        self.size += rest.nbytes
+        while rest.nbytes:
+            taken = min(rest.nbytes, _BLOCK - self._filled)
+            np.copyto(self._arrays[self._current][self._filled : self._filled + taken], rest[:taken])
+            self._filled, rest = self._filled + taken, rest[taken:]
+            if self._filled == _BLOCK:
+                self._send()
         return len(data)
 
     def tell(self) -> int:
         return self.size
 
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
+    def finish(self) -> None:
+        """Write what is left, and wait until all is on the disk.
 
-    def fileno(self) -> int:
-        return int(self._file.fileno())
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._filled:
+            self._send()
+        for block in range(len(self._blocks)):
+            self._wait(block)
+        os.ftruncate(self._file, self.size)
+        os.fsync(self._file)
+
+    def release(self) -> None:
+        """Let go of file and threads. Not ``close``, which torch.distributed.checkpoint calls after each tensor."""
+        for each in (self._writer, self._digester):
+            each.shutdown(cancel_futures=True)
+        os.close(self._file)
+
+    def close(self) -> None:
+        """Nothing: see ``release``."""
+
+    def _send(self) -> None:
+        block = memoryview(self._blocks[self._current])
+        # direct writes are of whole pages; what is too much is cut off at the end
+        whole = -(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._busy[self._current] = [
+            self._writer.submit(_write_all, self._file, block[:whole]),
+            self._digester.submit(self.sha256.update, block[: self._filled]),
+        ]
+        self._current, self._filled = (self._current + 1) % len(self._blocks), 0
+        self._wait(self._current)
+
+    def _wait(self, block: int) -> None:
+        for each in self._busy[block]:
+            each.result()
+        self._busy[block] = []
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o644)  # a file system without direct writes
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    try:
+        data = data[os.write(file, data) :]
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    if data:
+        # a direct write that falls short (a full disk, a limit) leaves the next one at no whole page, or is refused for
+        # its size: what is not direct goes on, or tells the cause
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def read_values(file: io.FileIO, target: Tensor, *, archive: tuple[int, int], first: int, dtype: torch.dtype) -> None:

@@ -83,8 +83,9 @@ def save(
 def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest, group: dist.ProcessGroup) -> Path:
     _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
     partial = store.partial_directory(root, manifest.step)
-    # nothing copied ahead: that would open, in a thread whose device is not set, a context on the first GPU
-    writer = dcp.FileSystemWriter(partial, sync_files=True, overwrite=True, per_thread_copy_ahead=0)
+    # nothing copied ahead: that would open, in a thread whose device is not set, a context on the first GPU; our files
+    # see to it themselves that they are on the disk
+    writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=True, per_thread_copy_ahead=0)
     writer.fs = files = DigestedFiles()
     state = _by_name(fragments)
     _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)

@@ -121,6 +121,7 @@ def _failures(rank: int, root: Path) -> list[str]:
     assert isinstance(outcome.failure, CheckpointError)
     dist.barrier()
     assert [path.name for path in root.iterdir()] == ["step_00000001"], "nothing half-written is left on a full disk"
+    dist.barrier()  # the next save may begin only when both have looked
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "prune", _full)
         saver.begin(fragments(rank, 3.0), manifest=manifest(3))
