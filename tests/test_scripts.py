@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import sys
+import gzip
 from pathlib import Path
+
+import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_the_texts_of_debians_packages_are_taken_apart(tmp_path):
+    from debian_corpus import dictionary_entries, kernel_documents
+
+    (tmp_path / "a.dict.dz").write_bytes(
+        gzip.compress(b"Aback \\a*back\\, adv.\n   Backward.\n\nAbaft, prep.\n   Behind.\n")
+    )
+    assert list(dictionary_entries(tmp_path)) == ["Aback \\a*back\\, adv.\n   Backward.", "Abaft, prep.\n   Behind."]
+    for name, text in {"a.rst.gz": "one", "b.txt": "two", "html/c.txt": "no", "translations/d.rst": "no", "e.png": "no",
+                       "f.rst": "  "}.items():  # fmt: skip
+        path = tmp_path / "doc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert list(kernel_documents(tmp_path / "doc")) == ["one", "two"]
+
+
 def test_the_comparison_of_routers_names_settings_that_pass_the_checks():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        from compare_routers import ROUTERS
-    finally:
-        sys.path.pop(0)
+    from compare_routers import ROUTERS
+
     from moetrain.cli.main import main
     from moetrain.config.routers import ROUTERS as THERE_ARE
 
