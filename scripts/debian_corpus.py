@@ -1,9 +1,10 @@
 """Real text from Debian's packages: a dictionary (GCIDE, 40 MB) and the documentation of the Linux kernel (25 MB).
 
     python scripts/debian_corpus.py corpus
-    moetrain train name=debian 'data.sources={dictionary:{text:corpus/dictionary.jsonl},kernel:{text:corpus/kernel.jsonl}}'
+    moetrain train name=debian \\
+      'data.sources={dictionary:{text:corpus/dictionary.jsonl},kernel:{text:corpus/kernel.jsonl}}'
 
-Needs Debian or Ubuntu with `apt-get update` done; packages are downloaded and unpacked, not installed, and need no root.
+Needs Debian or Ubuntu with `apt-get update` done; packages are downloaded and unpacked, not installed: no root is needed.
 The texts are under the GPL (dict-gcide: GPL-3+; Linux: GPL-2).
 """
 
