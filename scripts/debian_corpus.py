@@ -4,7 +4,7 @@
     moetrain train name=debian \\
       'data.sources={dictionary:{text:corpus/dictionary.jsonl},kernel:{text:corpus/kernel.jsonl}}'
 
-Needs Debian or Ubuntu with `apt-get update` done; packages are downloaded and unpacked, not installed: no root is needed.
+Needs Debian or Ubuntu with `apt-get update` done; packages are downloaded and unpacked, not installed: no root needed.
 The texts are under the GPL (dict-gcide: GPL-3+; Linux: GPL-2).
 """
 
