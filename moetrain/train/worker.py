@@ -27,7 +27,7 @@ from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.build import Corpus, make_batches, open_corpus
-from moetrain.data.loader import Ahead, Batches
+from moetrain.data.loader import Ahead, Batches, Source
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
@@ -37,6 +37,7 @@ from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
 from moetrain.plan.published import expect
+from moetrain.stream.feed import streamed
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, PlanCheck, Record, SaveHook, evaluation_fields
@@ -71,6 +72,12 @@ def run_rank(run_dir: Path) -> bool:
         Whether the run is at its end; False: it stopped because it was asked to.
     """
     run = read_run(run_dir)
+    # before the groups are: a rank that reads from the stream has then met the one that has begun it
+    with streamed(run, run_dir, is_first=os.environ.get("RANK", "0") == "0") as sequences:
+        return _run_rank(run, run_dir, streamed=sequences)
+
+
+def _run_rank(run: RunConfig, run_dir: Path, *, streamed: Source | None) -> bool:
     groups = process_groups.start(
         expert_parallel=run.parallel.expert_parallel or 1,
         timeout_seconds=run.launch.timeout_seconds,
@@ -92,16 +99,15 @@ def run_rank(run_dir: Path) -> bool:
         groups=groups,
         sizes=sizes,
         corpus=corpus,
-        batches=make_batches(run, corpus),
+        batches=make_batches(run, corpus, streamed=streamed),
         packing=corpus.packing(run.data),
         engine=engine,
         gauge=gauge,
     )
-    state, resumed_from = _restore(parts)
-
     if parts.is_first:
         # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
         logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
+    state, resumed_from = _restore(parts)
     log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
     wandb = _wandb(parts) if parts.is_first else None
 
