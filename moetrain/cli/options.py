@@ -65,8 +65,8 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
     """The token files of each source of a run, made now if they are not there, else compared with their digests."""
     if run.data.stream:
         raise ConfigError(
-            ["data.stream is true, but this needs token files, and a stream has none before it is trained on: set "
-             "data.stream=false"]
+            ["data.stream is true, but this needs token files, and a stream makes its tokens while it is trained on: "
+             "set data.stream=false"]
         )  # fmt: skip
     from moetrain.config.data import sources_of
     from moetrain.data.build import hold_together

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ ABOUT = "stream.json"
 """The file inside that which says what the stream is made of."""
 
 _CRC = np.dtype("<u4")
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class Blocks:
 
     def write(self, number: int, tokens: npt.NDArray[Any]) -> None:
         """A block: some sequences and the first token of the next one."""
-        assert len(tokens) % self.shape.sequence_length == 1, len(tokens)
+        assert len(tokens) > 1
+        assert (len(tokens) - 1) % self.shape.sequence_length == 0, len(tokens)
         data = tokens.astype(self.dtype, copy=False).tobytes()
         _replace(self.path(number), data + np.array([zlib.crc32(data)], dtype=_CRC).tobytes())
 
@@ -275,7 +277,7 @@ def _replace(path: Path, content: bytes, *, sync: bool = True) -> None:
     os.replace(beside, path)
 
 
-def _read_json(path: Path, kind: Callable[..., Any]) -> Any:
+def _read_json(path: Path, kind: Callable[..., _Kind]) -> _Kind | None:
     try:
         return kind(**json.loads(path.read_bytes()))
     except FileNotFoundError:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def _in_order(
     workers: int,
     may_go_on: Callable[[int], bool],
     stop: threading.Event,
-) -> Iterator[tuple[Position, npt.NDArray[Any]]]:
+) -> Generator[tuple[Position, npt.NDArray[Any]], None, None]:
     """The position after each chunk, and its ids; chunks in order, however many processes encode them.
 
     Args:
@@ -212,14 +212,21 @@ def fault_of(error: BaseException, *, directory: Path) -> Fault:
 def main(run_dir: Path) -> int:
     """Produce the stream of a run, and leave the error, if there is one, where training looks for it."""
     run = read_run(run_dir)
-    request, stream = request_of(run), open_again(run, run_dir)
+    stream = open_again(run, run_dir)
     workers = run.prepare.workers
     if workers is None:
         cores = len(os.sched_getaffinity(0))
         is_small = 0 < sum(stream.sizes) < _SMALL
         workers = 0 if is_small else max(1, min(_MOST_WORKERS, cores - (run.launch.processes or 1)))
     try:
-        produce(stream.blocks, request, sizes=stream.sizes, cut=stream.cut, tokenizer=stream.tokenizer, workers=workers)
+        produce(
+            stream.blocks,
+            request_of(run),
+            sizes=stream.sizes,
+            cut=stream.cut,
+            tokenizer=stream.tokenizer,
+            workers=workers,
+        )
     except BaseException as error:
         traceback.print_exc()
         stream.blocks.write_fault(fault_of(error, directory=stream.blocks.directory))
