@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ def opened(run: RunConfig) -> Stream:
     """The stream of a run as its ranks find it: opening and run.yaml are there."""
     run_dir = Path(str(run.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
-    opening = open_stream(run, run_dir, is_begun=False, progress=lambda *_: None)
-    write_run(replace(run, data=replace(run.data, prepared=str(opening.directory))), run_dir)
+    open_stream(run, run_dir, is_begun=False, progress=lambda *_: None)
+    write_run(run, run_dir)
     return open_again(run, run_dir)
 
 

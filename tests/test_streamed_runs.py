@@ -10,6 +10,8 @@ from as_typed import assert_told
 from stream_texts import opened, rows_of, run_of, write_rows
 from test_end_to_end import STEPS, final, losses, metrics, run, start, wait_for_step, workers
 
+from moetrain.config.checks import check
+from moetrain.config.freeze import flatten, read_run, to_dict
 from moetrain.errors import DataError
 from moetrain.launch.local import run_local
 from moetrain.prepare.text import expand, read_documents
@@ -61,6 +63,12 @@ def test_one_rank_streams_as_two_do(place, unbroken):
     assert done.returncode == 0, done.stderr
     assert losses(place, "one") == pytest.approx(unbroken, rel=1e-5)
     assert final(place, "one")["held_out_loss"] == pytest.approx(final(place, "unbroken")["held_out_loss"], rel=1e-5)
+
+
+def test_the_settings_that_a_streamed_run_keeps_are_usable_as_they_stand(place, unbroken):
+    """As the doctor of its checkpoints takes them."""
+    kept = read_run(place / "runs/unbroken")
+    check(kept, flatten(to_dict(kept)))
 
 
 def test_a_stream_that_changed_is_not_gone_on_with(place, unbroken):

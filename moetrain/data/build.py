@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import ConfigError, DataError
 
 COUNTED = "counted.json"
+
+OPENING = Path("stream") / "opening"
+"""In RUN_DIR: the prepared directory of the beginning of a text that is streamed."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,15 @@ class SourceUse:
     """The step at which it had nothing left to give (``max_epochs``); None: it lasts."""
 
 
-def open_corpus(data: DataConfig) -> Corpus:
-    """Open the token files of every source; ``data`` says where they are.
+def open_corpus(run: RunConfig, run_dir: Path) -> Corpus:
+    """Open the token files of every source; ``run.data`` says where they are, but for a stream's opening.
 
     Raises:
         DataError: one cannot be opened, or has another tokenizer than the first.
     """
-    parts = {name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(data).items()}
-    return replace(hold_together(parts), is_streamed=data.stream)
+    if run.data.stream:
+        return Corpus({run.data.name: open_prepared(run_dir / OPENING)}, is_streamed=True)
+    return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(run.data).items()})
 
 
 def hold_together(parts: dict[str, Prepared]) -> Corpus:

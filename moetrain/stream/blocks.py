@@ -27,17 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrain.config.schema import RunConfig
+from moetrain.data.build import OPENING
 from moetrain.data.corpus import TOKENIZER, read_meta, token_dtype
 from moetrain.errors import DataError
 
-STREAM = "stream"
-"""The directory inside RUN_DIR."""
-
-OPENING = "opening"
-"""The directory inside that."""
-
 ABOUT = "stream.json"
-"""The file inside that which says what the stream is made of."""
+"""The file in the opening that says what the stream is made of."""
 
 _CRC = np.dtype("<u4")
 _Kind = TypeVar("_Kind")
@@ -127,7 +122,7 @@ class Blocks:
     """
 
     def __init__(self, run_dir: Path, *, shape: Shape, dtype: np.dtype[Any]) -> None:
-        self.directory, self.shape, self.dtype = run_dir / STREAM, shape, dtype
+        self.directory, self.shape, self.dtype = (run_dir / OPENING).parent, shape, dtype
         self._whole: set[int] = set()
 
     def path(self, number: int) -> Path:
@@ -252,7 +247,7 @@ def open_again(run: RunConfig, run_dir: Path) -> Stream:
     Raises:
         DataError: its opening is missing or damaged.
     """
-    directory = run_dir / STREAM / OPENING
+    directory = run_dir / OPENING
     try:
         about = json.loads((directory / ABOUT).read_bytes())
         cut, sizes = int(about["cut"]), [int(size) for size in about["sizes"]]

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moetrain.config.schema import RunConfig
+from moetrain.data.build import OPENING
 from moetrain.data.corpus import (
     FORMAT_VERSION,
     TOKENIZER,
@@ -37,7 +38,7 @@ from moetrain.prepare.build import BASELINE_LIMITS, Options, Request, check_fits
 from moetrain.prepare.text import files_of, inputs, is_tokenized, nothing_to_read
 from moetrain.sources.hub import HubDataset
 from moetrain.sources.spool import cut_between, read_json, write_json
-from moetrain.stream.blocks import ABOUT, OPENING, STREAM, Blocks, open_again
+from moetrain.stream.blocks import ABOUT, Blocks, open_again
 from moetrain.stream.documents import documents_of, size_of
 from moetrain.stream.encode import Encoder
 from moetrain.tokenization.formats import read_tokenizer
@@ -89,7 +90,7 @@ def open_stream(run: RunConfig, run_dir: Path, *, is_begun: bool, progress: Prog
     """
     request = request_of(run)
     plan = _plan(run, request)
-    directory = run_dir / STREAM / OPENING
+    directory = run_dir / OPENING
     about = read_json(directory / ABOUT)
     if about is None or about["plan"] != plan:
         if about is not None and is_begun:
@@ -97,7 +98,7 @@ def open_stream(run: RunConfig, run_dir: Path, *, is_begun: bool, progress: Prog
                 f"{run_dir} was trained on other data: {_changed(about['plan'], plan)} changed since; set it back, or "
                 "choose another name=… or run_dir=… for another run"
             )
-        shutil.rmtree(run_dir / STREAM, ignore_errors=True)
+        shutil.rmtree(directory.parent, ignore_errors=True)
         _make(directory, request, plan=plan, progress=progress)
     else:
         _sweep(open_again(run, run_dir).blocks)
@@ -215,7 +216,7 @@ def _make(directory: Path, request: Request, *, plan: dict[str, Any], progress: 
         )
         progress("tokenizer", 1, 1)
     check_fits(vocabulary_size(tokenizer), what=f"the tokenizer {request.tokenizer}", vocab_size=request.vocab_size)
-    out = directory.with_name(f"{OPENING}.partial")
+    out = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")

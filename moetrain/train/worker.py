@@ -27,7 +27,7 @@ from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.build import Corpus, make_batches, open_corpus
-from moetrain.data.loader import Ahead, Batches, Source
+from moetrain.data.loader import Ahead, Batches, Rows, Source
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
@@ -86,7 +86,7 @@ def _run_rank(run: RunConfig, run_dir: Path, *, streamed: Source | None) -> bool
     gauge = MemoryGauge(groups.device)
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
-    corpus = open_corpus(run.data)
+    corpus = open_corpus(run, run_dir)
     engine = build_engine(
         run,
         groups=groups,
@@ -270,6 +270,9 @@ def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -
 
 def _certificate(parts: Parts, *, step: int) -> Certificate:
     run = parts.run
+    if run.data.stream:
+        # every rank waits for the text here, not for the first one in a collective, whose patience has an end
+        _own_rows(parts, step)
     return certify(
         parts.engine.gpt,
         probe_batches(parts.corpus.held_out().values(), sequence_length=parts.sizes.sequence_length),
@@ -284,6 +287,13 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
             "zero_stage": run.parallel.zero_stage,
             "dtype": run.model.dtype,
         },
+    )
+
+
+def _own_rows(parts: Parts, step: int) -> Rows:
+    topology = parts.groups.topology
+    return parts.batches.rank_slice(
+        step, rank=topology.rank, world_size=topology.world_size, micro_batch=parts.sizes.micro_batch
     )
 
 

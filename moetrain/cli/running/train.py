@@ -140,9 +140,9 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     _compare_with_earlier(run, run_dir)
     is_begun = any((run_dir / "checkpoints").glob("step_*/manifest.json"))
     corpus = opening_of(run, run_dir, is_begun=is_begun) if run.data.stream else corpus_of(run)
-    run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
-                                                     corpus.parts.items()}))  # fmt: skip
     if not run.data.stream:
+        run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
+                                                         corpus.parts.items()}))  # fmt: skip
         make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
     # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
     if not is_begun:
@@ -173,7 +173,7 @@ def _fetch_newest(remote: Remote | None, run: RunConfig, run_dir: Path) -> None:
     from moetrain.checkpoint.remote import fetch_newest
     from moetrain.data.build import open_corpus
 
-    data = open_corpus(run.data).digests()
+    data = open_corpus(run, run_dir).digests()
     fetch_newest(
         remote,
         run_dir / "checkpoints",
@@ -203,7 +203,7 @@ def _baselines(run: RunConfig) -> Baselines:
     from moetrain.data.build import open_corpus
     from moetrain.report.screen import Baselines
 
-    metas = [part.meta for part in open_corpus(run.data).parts.values()]
+    metas = [part.meta for part in open_corpus(run, Path(str(run.run_dir))).parts.values()]
     num_bytes = sum(meta.held_out.bytes for meta in metas)
     return Baselines(
         trigram=sum(meta.baselines.trigram * meta.held_out.bytes / num_bytes for meta in metas),
@@ -217,6 +217,6 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
 
     from moetrain.data.build import open_corpus
 
-    prepared = open_corpus(run.data).first
+    prepared = open_corpus(run, Path(str(run.run_dir))).first
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text
