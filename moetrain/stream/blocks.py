@@ -87,7 +87,7 @@ class Position:
     bytes: int = 0
     """Of UTF-8 text, of the same."""
     held_out: int = 0
-    """Documents kept for evaluation, or that would be: in a stream only those of its beginning are read there."""
+    """Documents that were passed over, as the hash of their text holds them out."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> documents."""
 

@@ -232,7 +232,7 @@ def _make(directory: Path, request: Request, *, plan: dict[str, Any], progress: 
                for text in tried)  # fmt: skip
     assert given is not None or same == len(tried), "a byte-level tokenizer lost text"
     progress("held-out text", 1, 1)
-    baselines = _baselines(b"".join(train), b"".join(held_out))
+    baselines = _baselines(train, held_out)
     write_meta(out, meta=_meta(tokenizer, splits, plan=plan, baselines=baselines, tried=RoundTrip(len(tried), same)))
     out.rename(directory)
 
@@ -255,15 +255,15 @@ def _write(directory: Path, split: str, texts: list[bytes], *, encoder: Encoder,
         return writer.finish()
 
 
-def _baselines(train: bytes, held_out: bytes) -> Baselines:
-    """The held-out text is only measured on its beginning, and the training text goes on after the opening."""
-    train, measured = train[: BASELINE_LIMITS[0]], held_out[: BASELINE_LIMITS[1]]
+def _baselines(train: list[bytes], held_out: list[bytes]) -> Baselines:
+    counted, measured = (b"".join(_first(texts, limit))[:limit]
+                         for texts, limit in zip((train, held_out), BASELINE_LIMITS, strict=True))  # fmt: skip
     return Baselines(
         xz=xz_bits_per_byte(measured),
-        trigram=trigram_bits_per_byte(train, measured),
-        train_bytes=len(train),
+        trigram=trigram_bits_per_byte(counted, measured),
+        train_bytes=len(counted),
         held_out_bytes=len(measured),
-        truncated=True,
+        truncated=True,  # the training text goes on after the opening
     )
 
 
