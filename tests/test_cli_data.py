@@ -72,3 +72,11 @@ def test_a_few_samples_and_a_picture(place, capsys):
 def test_what_cannot_be_shown_is_told(place, capsys, words, message):
     assert main(["data", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data", "show"], ["prepare"]])
+def test_a_stream_has_no_token_files_to_show_or_to_make(place, capsys, words):
+    assert main([*words, *SMALL, "data.text=a.jsonl", "data.stream=true"]) == 2
+    told = capsys.readouterr().err
+    assert "data.stream is true, but this needs token files" in told
+    assert not (place / "prepared").exists()

@@ -63,6 +63,11 @@ def settings(options: Options) -> tuple[RunConfig, Composed]:
 
 def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
     """The token files of each source of a run, made now if they are not there, else compared with their digests."""
+    if run.data.stream:
+        raise ConfigError(
+            ["data.stream is true, but this needs token files, and a stream makes its tokens while it is trained on: "
+             "set data.stream=false"]
+        )  # fmt: skip
     from moetrain.config.data import sources_of
     from moetrain.data.build import hold_together
     from moetrain.data.corpus import Prepared, open_prepared
@@ -93,6 +98,21 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
                     parts[name] = prepare(directory, progress=bars, say=bars.say, verify=verify, **what)
         tokenizer = tokenizer or str(parts[name].tokenizer_path)
     return hold_together(parts)
+
+
+def opening_of(run: RunConfig, run_dir: Path, *, is_begun: bool) -> Corpus:
+    """What must be there before a run that streams its text: tokenizer, held-out text, the very first tokens.
+
+    Args:
+        is_begun: whether it has checkpoints.
+    """
+    from moetrain.data.build import Corpus
+    from moetrain.metrics.console import StageBars
+    from moetrain.stream.opening import open_stream
+
+    with StageBars("stream") as bars:
+        opening = open_stream(run, run_dir, is_begun=is_begun, progress=bars)
+    return Corpus({run.data.name: opening}, is_streamed=True)
 
 
 def _fitting(processes: int, *, batch: int) -> int:

@@ -39,7 +39,8 @@ POSITIVE = (
     "model.moe.top_k", "model.moe.d_expert", "model.moe.every", "model.moe.num_groups", "model.moe.top_groups",
     "model.moe.sinkhorn_iterations", "model.moe.weight_scale", "model.moe.capacity_factor",
     "model.moe.evaluation_capacity_factor", "model.moe.min_capacity", "batch.global_batch", "batch.micro_batch",
-    "batch.sequence_length", "data.temperature", "data.max_epochs",
+    "batch.sequence_length", "data.temperature", "data.max_epochs", "data.stream_block",
+    "data.stream_window",
     "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
@@ -136,6 +137,12 @@ def _single_fields(flat: dict[str, object]) -> Iterator[str]:
     shortest, longest = flat.get("prepare.min_characters"), flat.get("prepare.max_characters")
     if isinstance(shortest, int) and isinstance(longest, int) and shortest > longest:
         yield f"prepare.min_characters is {shortest:,}, but must be at most prepare.max_characters, {longest:,}"
+    duplicates = flat.get("prepare.duplicates")
+    if flat.get("data.stream") and duplicates != "keep":
+        yield (
+            f"data.stream is true, but prepare.duplicates is {duplicates!r}, which looks at all the text before the "
+            "first step: set prepare.duplicates=keep, or data.stream=false"
+        )
     ratio = flat.get("schedule.min_lr_ratio")
     if isinstance(ratio, float) and not 0 <= ratio <= 1:
         yield f"schedule.min_lr_ratio is {ratio}, but must lie in [0, 1]"

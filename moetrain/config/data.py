@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 FORMATS = ("text", "instruction")
@@ -82,6 +82,13 @@ class DataConfig:
     between tokens; the tokenizer must have the tokens that mark the parts."""
     fill_in_middle_spm: float = 0.5
     """Share of those with the suffix before the prefix (SPM, ibid., section 3.1), the rest the other way (PSM)."""
+    stream: bool = False
+    """Train while the text is tokenized, without token files prepared before; the tokens go to RUN_DIR/stream."""
+    stream_block: int = 1 << 19
+    """Tokens in a file of a stream, about: a whole number of sequences."""
+    stream_window: int = 64
+    """Files of a stream whose sequences are shuffled together in the first epoch (the first windows have 1, 2, 4, …);
+    later epochs shuffle all."""
 
 
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
@@ -123,6 +130,8 @@ def broken_rules(data: DataConfig) -> Iterator[str]:
     for name, share in (("fill_in_middle", data.fill_in_middle), ("fill_in_middle_spm", data.fill_in_middle_spm)):
         if not 0 <= share <= 1:
             yield f"data.{name} is {share}, but must lie in [0, 1]: it is a share of the documents"
+    if data.stream:
+        yield from _stream(data, formats=formats.values())
     if data.sources is None:
         if data.mixture is not None:
             yield "data.mixture is set, but there is one source alone: name several in data.sources, or set it to null"
@@ -137,6 +146,18 @@ def broken_rules(data: DataConfig) -> Iterator[str]:
         yield from _source(name, source, data=data)
     yield from _weights(data.sources)
     yield from _stages(data)
+
+
+def _stream(data: DataConfig, *, formats: Iterable[str]) -> Iterator[str]:
+    way = "leave it out, or set data.stream=false"
+    if data.sources is not None:
+        yield f"data.stream is true, but data.sources names several sources, and a stream has one: {way}"
+    elif "instruction" in formats:
+        yield f"data.stream is true, but data.format is instruction, and only text can be streamed: {way}"
+    if data.prepared is not None:
+        yield f"data.stream is true, but data.prepared is {data.prepared!r}, which needs no stream: {way}"
+    if data.max_epochs is not None:
+        yield f"data.stream is true, but data.max_epochs is {data.max_epochs}, and its length is unknown: {way}"
 
 
 def _source(name: str, source: SourceConfig, *, data: DataConfig) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from moetrain.config.checks import steps_in_run
 from moetrain.config.data import DataConfig, SourceConfig, sources_of
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, file_sha256, open_prepared
-from moetrain.data.loader import Batches, HeldOutText, Sequences
+from moetrain.data.loader import Batches, HeldOutText, Sequences, Source
 from moetrain.data.middle import MARKS, FillInMiddle
 from moetrain.data.mixture import Mixture, Stage
 from moetrain.data.packing import Packing
@@ -23,6 +23,9 @@ from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import ConfigError, DataError
 
 COUNTED = "counted.json"
+
+OPENING = Path("stream") / "opening"
+"""In RUN_DIR: the prepared directory of the beginning of a text that is streamed."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Corpus:
     """By the name of the source."""
     counted: dict[str, Counted | None] = field(default_factory=dict)
     """Which of their tokens have a loss; all, where a source is missing or None."""
+    is_streamed: bool = False
+    """Whether they are only the opening of a stream: then the text is told from another by its files."""
 
     @property
     def first(self) -> Prepared:
@@ -89,6 +94,9 @@ class Corpus:
             masks = {} if counted is None else {f"loss mask ({split})": each for split, each in counted.digests.items()}
             own = {what: digest for what, digest in (part.digests() | masks).items() if what != "tokenizer"}
             found |= own if len(self.parts) == 1 else {f"{what} of {name}": digest for what, digest in own.items()}
+        if self.is_streamed:
+            files = [asdict(file) for file in self.first.meta.sources]
+            found["text files"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
         return found | {"tokenizer": self.first.meta.tokenizer_fingerprint}
 
     def held_out(self) -> dict[str, HeldOutText]:
@@ -132,13 +140,15 @@ class SourceUse:
     """The step at which it had nothing left to give (``max_epochs``); None: it lasts."""
 
 
-def open_corpus(data: DataConfig) -> Corpus:
-    """Open the token files of every source; ``data`` says where they are.
+def open_corpus(run: RunConfig, run_dir: Path) -> Corpus:
+    """Open the token files of every source; ``run.data`` says where they are, but for a stream's opening.
 
     Raises:
         DataError: one cannot be opened, or has another tokenizer than the first.
     """
-    return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(data).items()})
+    if run.data.stream:
+        return Corpus({run.data.name: open_prepared(run_dir / OPENING)}, is_streamed=True)
+    return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(run.data).items()})
 
 
 def hold_together(parts: dict[str, Prepared]) -> Corpus:
@@ -157,13 +167,18 @@ def hold_together(parts: dict[str, Prepared]) -> Corpus:
     return Corpus(parts, {name: open_counted(part) for name, part in parts.items()})
 
 
-def make_batches(run: RunConfig, corpus: Corpus) -> Batches:
+def make_batches(run: RunConfig, corpus: Corpus, *, streamed: Source | None = None) -> Batches:
     """The batches of a run, resolved.
+
+    Args:
+        streamed: the training sequences, where they are no token files.
 
     Raises:
         DataError: a source is shorter than one sequence, or all of them end before the run does.
         ConfigError: the epochs of the sources take more than there is.
     """
+    if streamed is not None:
+        return Batches([streamed], global_batch=run.batch.global_batch, rearrange=_fill_in_middle(run, corpus))
     sources = _sequences(run, corpus)
     mixture = _mixture(run, sources)
     total = _steps(run) * run.batch.global_batch
@@ -234,7 +249,7 @@ def view_batch(run: RunConfig, corpus: Corpus, *, step: int) -> BatchView:
         raise ConfigError([f"step is {step:,}, but the run has {_steps(run):,}: use 0 to {_steps(run) - 1:,}"])
     batches = make_batches(run, corpus)
     rows, located = batches.at(step), batches.located(step)
-    per_epoch = np.array([source.per_epoch for source in batches.sources])
+    per_epoch = np.array([source.per_epoch for source in _sequences(run, corpus).values()])
     return BatchView(
         step=step,
         steps=_steps(run),

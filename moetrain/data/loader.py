@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,20 @@ class Rows:
         length = self.tokens.shape[-1]
         counted = None if self.counted is None else self.counted.reshape(*shape, length)
         return Rows(self.tokens.reshape(*shape, length), counted)
+
+
+class Source(Protocol):
+    """Training sequences in the order of a run; those of prepared text are ``Sequences``."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    @property
+    def has_uncounted(self) -> bool: ...
+
+    def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+
+    def read_counted(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]: ...
 
 
 class Sequences:
@@ -124,7 +138,7 @@ class Batches:
 
     def __init__(
         self,
-        sources: Sequence[Sequences],
+        sources: Sequence[Source],
         *,
         global_batch: int,
         mixture: Mixture | None = None,

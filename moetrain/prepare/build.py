@@ -28,6 +28,7 @@ from moetrain.sources.hub import HubDataset, identity
 from moetrain.sources.spool import (
     Shard,
     SpoolWriter,
+    cut_between,
     read_json,
     rows_of,
     write_json,
@@ -249,7 +250,7 @@ def _spool_input(spool: SpoolWriter, request: Request, *, number: int, skip: int
     for row, document in enumerate(records_of(source, text_column=request.text_column, tell=note), start=1):
         if row <= skip:
             continue
-        reason = _why_not(document.decode(), options) if is_text else "" if document else "empty"
+        reason = why_not(document.decode(), options) if is_text else "" if document else "empty"
         if reason:
             spool.pass_over(reason)
         else:
@@ -259,7 +260,7 @@ def _spool_input(spool: SpoolWriter, request: Request, *, number: int, skip: int
             tell(position)
 
 
-def _why_not(text: str, options: Options) -> str:
+def why_not(text: str, options: Options) -> str:
     """Why a document is not taken; empty if it is."""
     if not is_visible(text):
         return "empty"
@@ -297,7 +298,7 @@ def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
             f"data.text holds {what}, but training and held-out text need at least one each: split the text into "
             "several files or rows (a .txt file is one document)"
         )
-    return min(max(round(held_out * (1 << 64)), smallest + 1), largest)
+    return cut_between(smallest, largest, held_out=held_out)
 
 
 def _documents(work: Path, shards: list[Shard], number: int) -> Iterator[tuple[bytes, int]]:

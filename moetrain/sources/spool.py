@@ -64,6 +64,17 @@ def place_of(document: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big")
 
 
+def cut_between(smallest: int, largest: int, *, held_out: float) -> int:
+    """Where the line is cut so that about a share of the documents lies below, and of the two given, one on each side.
+
+    Args:
+        smallest: place of the first document on the line.
+        largest: of the last; above it.
+        held_out: the share, in (0, 1).
+    """
+    return min(max(round(held_out * (1 << 64)), smallest + 1), largest)
+
+
 @dataclass
 class SpoolWriter:
     """Adds to a spool, after the shards that are there."""

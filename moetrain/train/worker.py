@@ -27,7 +27,7 @@ from moetrain.checkpoint.saver import Saver
 from moetrain.config.freeze import read_run, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.build import Corpus, make_batches, open_corpus
-from moetrain.data.loader import Ahead, Batches
+from moetrain.data.loader import Ahead, Batches, Rows, Source
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
@@ -37,6 +37,7 @@ from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
 from moetrain.plan.published import expect
+from moetrain.stream.feed import streamed
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, PlanCheck, Record, SaveHook, evaluation_fields
@@ -71,6 +72,12 @@ def run_rank(run_dir: Path) -> bool:
         Whether the run is at its end; False: it stopped because it was asked to.
     """
     run = read_run(run_dir)
+    # before the groups are: a rank that reads from the stream has then met the one that has begun it
+    with streamed(run, run_dir, is_first=os.environ.get("RANK", "0") == "0") as sequences:
+        return _run_rank(run, run_dir, streamed=sequences)
+
+
+def _run_rank(run: RunConfig, run_dir: Path, *, streamed: Source | None) -> bool:
     groups = process_groups.start(
         expert_parallel=run.parallel.expert_parallel or 1,
         timeout_seconds=run.launch.timeout_seconds,
@@ -79,7 +86,7 @@ def run_rank(run_dir: Path) -> bool:
     gauge = MemoryGauge(groups.device)
     stop = StopRequest(groups.control)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
-    corpus = open_corpus(run.data)
+    corpus = open_corpus(run, run_dir)
     engine = build_engine(
         run,
         groups=groups,
@@ -92,16 +99,15 @@ def run_rank(run_dir: Path) -> bool:
         groups=groups,
         sizes=sizes,
         corpus=corpus,
-        batches=make_batches(run, corpus),
+        batches=make_batches(run, corpus, streamed=streamed),
         packing=corpus.packing(run.data),
         engine=engine,
         gauge=gauge,
     )
-    state, resumed_from = _restore(parts)
-
     if parts.is_first:
         # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
         logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
+    state, resumed_from = _restore(parts)
     log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
     wandb = _wandb(parts) if parts.is_first else None
 
@@ -264,6 +270,9 @@ def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -
 
 def _certificate(parts: Parts, *, step: int) -> Certificate:
     run = parts.run
+    if run.data.stream:
+        # every rank waits for the text here, not for the first one in a collective, whose patience has an end
+        _own_rows(parts, step)
     return certify(
         parts.engine.gpt,
         probe_batches(parts.corpus.held_out().values(), sequence_length=parts.sizes.sequence_length),
@@ -278,6 +287,13 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
             "zero_stage": run.parallel.zero_stage,
             "dtype": run.model.dtype,
         },
+    )
+
+
+def _own_rows(parts: Parts, step: int) -> Rows:
+    topology = parts.groups.topology
+    return parts.batches.rank_slice(
+        step, rank=topology.rank, world_size=topology.world_size, micro_batch=parts.sizes.micro_batch
     )
 
 

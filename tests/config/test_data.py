@@ -25,6 +25,12 @@ def checked(**data: Any) -> RunConfig:
 
 RULES: list[tuple[dict[str, Any], str]] = [
     ({"mixture": [{}]}, "data.mixture is set, but there is one source alone"),
+    ({"stream": True, "sources": TWO}, "data.stream is true, but data.sources names several sources"),
+    ({"stream": True, "format": "instruction"}, "data.stream is true, but data.format is instruction"),
+    ({"stream": True, "prepared": "a"}, "data.stream is true, but data.prepared is 'a', which needs no stream"),
+    ({"stream": True, "max_epochs": 2}, "data.stream is true, but data.max_epochs is 2.0"),
+    ({"stream_block": 0}, "data.stream_block is 0, but must be above 0"),
+    ({"stream_window": -1}, "data.stream_window is -1, but must be above 0"),
     ({"sources": {}}, "data.sources is {}, but must name at least one source"),
     ({"sources": TWO, "text": ["c.txt"]}, "data.text is set, but data.sources says what is read"),
     ({"sources": TWO, "prepared": "c"}, "data.prepared is set, but data.sources says what is read"),
@@ -114,3 +120,10 @@ def test_other_sources_or_weights_are_another_run():
     ):
         assert any(map(is_fixed, differences(run, other)))
         assert training_digest(run) != training_digest(other)
+
+
+def test_a_stream_cannot_look_for_duplicates():
+    run = resolve(freeze({"name": "a", "data": {"stream": True}, "prepare": {"duplicates": "exact"}}),
+                  default_processes=2)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data\.stream is true, but prepare\.duplicates is 'exact'"):
+        check(run, flatten(to_dict(run)))

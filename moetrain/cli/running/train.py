@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.options import Options, corpus_of, settings
+from moetrain.cli.options import Options, corpus_of, opening_of, settings
 from moetrain.cli.results.model import write
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.parallel.lifeline import STOPPED
@@ -35,6 +35,7 @@ examples:
   moetrain train name=long schedule.steps=2000 optim.lr=6e-4
   moetrain train model/moe=none                           the dense model of the same active size
   moetrain train 'data.text=[books/*.txt,notes.jsonl]' name=books
+  moetrain train data.stream=true data.text=notes.jsonl name=quick    text is tokenized while it trains
 """,
     "config": """usage: moetrain config [key=value …] [--config-dir DIR]
 
@@ -137,12 +138,14 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     from moetrain.report.screen import mixture_text
 
     _compare_with_earlier(run, run_dir)
-    corpus = corpus_of(run)
-    run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
-                                                     corpus.parts.items()}))  # fmt: skip
-    make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
+    is_begun = any((run_dir / "checkpoints").glob("step_*/manifest.json"))
+    corpus = opening_of(run, run_dir, is_begun=is_begun) if run.data.stream else corpus_of(run)
+    if not run.data.stream:
+        run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
+                                                         corpus.parts.items()}))  # fmt: skip
+        make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
     # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
-    if not any((run_dir / "checkpoints").glob("step_*/manifest.json")):
+    if not is_begun:
         shutil.copyfile(corpus.first.tokenizer_path, run_dir / TOKENIZER)
     write_run(run, run_dir)
     metas = {name: asdict(part.meta) for name, part in corpus.parts.items()}
@@ -170,7 +173,7 @@ def _fetch_newest(remote: Remote | None, run: RunConfig, run_dir: Path) -> None:
     from moetrain.checkpoint.remote import fetch_newest
     from moetrain.data.build import open_corpus
 
-    data = open_corpus(run.data).digests()
+    data = open_corpus(run, run_dir).digests()
     fetch_newest(
         remote,
         run_dir / "checkpoints",
@@ -200,7 +203,7 @@ def _baselines(run: RunConfig) -> Baselines:
     from moetrain.data.build import open_corpus
     from moetrain.report.screen import Baselines
 
-    metas = [part.meta for part in open_corpus(run.data).parts.values()]
+    metas = [part.meta for part in open_corpus(run, Path(str(run.run_dir))).parts.values()]
     num_bytes = sum(meta.held_out.bytes for meta in metas)
     return Baselines(
         trigram=sum(meta.baselines.trigram * meta.held_out.bytes / num_bytes for meta in metas),
@@ -214,6 +217,6 @@ def _opening(run: RunConfig, *, tokens: int = 12) -> str:
 
     from moetrain.data.build import open_corpus
 
-    prepared = open_corpus(run.data).first
+    prepared = open_corpus(run, Path(str(run.run_dir))).first
     text: str = Tokenizer.from_file(str(prepared.tokenizer_path)).decode(prepared.held_out.tokens[:tokens].tolist())
     return text
