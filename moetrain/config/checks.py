@@ -13,8 +13,8 @@ from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, RunConfi
 from moetrain.errors import ConfigError
 
 CHOICES = {
-    "model.activation": ("swiglu", "geglu", "gelu", "relu"),
-    "model.moe.activation": ("swiglu", "geglu", "gelu", "relu"),
+    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    "model.moe.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
     "model.moe.router": tuple(ROUTERS),
     "model.moe.gate": ("sigmoid", "softmax"),
     "model.moe.hash_table": ("balanced", "random"),
@@ -23,6 +23,7 @@ CHOICES = {
     "model.moe.drop": ("position", "probability"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rope", "learned"),
+    "model.qk_norm": ("head", "all"),
     "model.dtype": ("fp32", "bf16"),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "launch.kind": ("local",),

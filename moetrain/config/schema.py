@@ -25,7 +25,7 @@ class MoEConfig:
     every: int = 1
     """An MoE block in every nth block, the last of each n: 1 = all, 2 = every other (GShard, Switch, GLaM)."""
     activation: str | None = None
-    """Activation inside the experts: swiglu, geglu, gelu or relu. null: model.activation."""
+    """Activation inside the experts: swiglu, geglu, gelu, gelu_tanh or relu. null: model.activation."""
     router: str = "top_k"
     """How a token finds its experts: top_k (Mixtral), switch, gshard, noisy_top_k, expert_choice, sinkhorn, hash,
     sigmoid_bias (loss-free), dense, or balanced (even by force, for benchmarks). docs/routing.md compares them."""
@@ -105,7 +105,8 @@ class ModelConfig:
     d_ff: int = 1024
     """Hidden width of a dense feed-forward block."""
     activation: str = "swiglu"
-    """swiglu or geglu (gated, three matrices; Shazeer 2020, arXiv:2002.05202), gelu or relu (two matrices)."""
+    """swiglu or geglu (gated, three matrices; Shazeer 2020, arXiv:2002.05202), gelu, gelu_tanh (GPT-2's
+    approximation of it) or relu (two matrices)."""
     norm: str = "rmsnorm"
     """rmsnorm or layernorm, before each sublayer and once at the end."""
     norm_eps: float = 1e-5
@@ -114,6 +115,9 @@ class ModelConfig:
     """rope (Su et al. 2021, arXiv:2104.09864) or learned (GPT-2)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    qk_norm: str | None = None
+    """RMSNorm of queries and keys before the rotation: head (of each head by itself, as in Qwen3) or all (of all heads
+    at once, as in OLMoE). null: none."""
     bias: bool = False
     """Biases in the linear maps of attention and dense feed-forward, and in layernorm. Experts and router have none."""
     tie_embeddings: bool = True
