@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from moetrain.checkpoint import store
 from moetrain.checkpoint.state import Fragment, load, newest_whole
+from moetrain.checkpoint.store import Manifest
 from moetrain.config.freeze import read_run
 from moetrain.config.schema import RunConfig
 from moetrain.data.tokenizer import end_of_text, vocabulary_size
@@ -17,23 +19,41 @@ from moetrain.model.build import build_model
 from moetrain.model.gpt import GPT
 
 
-def load_model(run_dir: Path, *, warn: Callable[[str], None]) -> tuple[RunConfig, GPT]:
-    """The model of the newest whole checkpoint, every expert in this process, in float32.
+def newest_or(run_dir: Path, *, step: int | None, warn: Callable[[str], None]) -> tuple[RunConfig, Path, Manifest]:
+    """The settings of a run and its checkpoint of a step, held against its digests; None: the newest whole one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    run, root = read_run(run_dir), run_dir / "checkpoints"
+    if step is not None:
+        found = {store.step_of(each): each for each in store.whole_checkpoints(root)}
+        if step not in found:
+            there = ", ".join(map(str, found)) or "none yet"
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {step}: there is {there}")
+        return run, found[step], store.verify(found[step])
+    newest = newest_whole(root, warn=warn)
+    if newest is None:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
+    return run, *newest
+
+
+def load_model(run_dir: Path, *, warn: Callable[[str], None], step: int | None = None) -> tuple[RunConfig, GPT]:
+    """The model of a checkpoint, every expert in this process, in float32.
+
+    Args:
+        step: of the checkpoint; None: the newest whole one.
 
     Raises:
         CheckpointError: there is none, or it does not fit its settings.
     """
-    run = read_run(run_dir)
-    newest = newest_whole(run_dir / "checkpoints", warn=warn)
-    if newest is None:
-        raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
-
+    run, directory, _ = newest_or(run_dir, step=step, warn=warn)
     # a hash router's table comes with the checkpoint; until then it only needs its size
     gpt = build_model(run.model, expert_V=torch.zeros(run.model.vocab_size, dtype=torch.int64))
     tensors = {f"{name}/fp32": parameter.detach() for name, parameter in gpt.named_parameters()}
     tensors |= {f"{name}/state": state for name, state in gpt.moe_state().items()}
     fragments = [Fragment(name, tensor.view(-1), 0, tensor.numel()) for name, tensor in tensors.items()]
-    load(newest[0], fragments, group=None)
+    load(directory, fragments, group=None)
     return run, gpt.eval()
 
 

@@ -1,0 +1,101 @@
+"""Do our model and the exported one say the same? The only import of `transformers` outside the benchmarks."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.model.gpt import GPT
+
+TOLERANCE = 2e-4
+"""Of the largest score. Both compute in fp32, in another order: a difference of 1e-6 in a small model, more in a deep
+one; a weight in the wrong place is one of 1e-1."""
+ROWS, LENGTH = 2, 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far apart two models are."""
+
+    largest: float
+    """Largest difference of two scores."""
+    scale: float
+    """Largest score."""
+    tokens: int
+    """Positions that were compared, every score of each."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether that is rounding; NaN is not."""
+        return self.largest <= TOLERANCE * self.scale
+
+    def __str__(self) -> str:
+        return f"scores of {self.tokens} tokens differ by {self.largest:.1e} at most, of up to {self.scale:.3g}"
+
+
+def need(library: str, what: str) -> Any:
+    """A library of the extra ``hf``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ConfigError([f"{what} needs {library.partition('.')[0]} ({error}): pip install 'moetrain[hf]'"]) from None
+
+
+def probe(vocab_size: int, *, context: int) -> Tensor:
+    """Token ids to compare on, [B, S]; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (ROWS, min(LENGTH, context)), generator=generator)
+
+
+@torch.no_grad()
+def our_scores(gpt: GPT, token_BS: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Scores of our model with its weights rounded to ``dtype`` and computed with in fp32; the weights stay rounded."""
+    for tensor in gpt.parameters():
+        tensor.copy_(tensor.to(dtype))
+    return gpt(token_BS).logit_BSV.float()
+
+
+@torch.no_grad()
+def their_scores(directory: Path, token_BS: Tensor) -> Tensor:
+    """Scores of the model that `transformers` makes of a directory, computed in fp32.
+
+    Raises:
+        CheckpointError: it finds keys missing or left over.
+    """
+    transformers = need("transformers", "comparing with it")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {directory}: {error}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told[what]:
+            raise CheckpointError(f"transformers finds {what.replace('_', ' ')} in {directory}: {sorted(told[what])}")
+    scores: Tensor = model.eval()(token_BS).logits.float()
+    del model
+    gc.collect()
+    return scores
+
+
+def compare(ours: Tensor, theirs: Tensor) -> Parity:
+    """Hold the scores of two models side by side, [B, S, V] each."""
+    return Parity(
+        largest=float((ours - theirs).abs().max()), scale=float(theirs.abs().max()), tokens=ours[..., 0].numel()
+    )
