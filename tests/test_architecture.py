@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "bench": {"train", "checkpoint", "model", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "verify": {"train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
-    "hub": {"checkpoint", "model", "data", "config", "errors"},
+    "hub": {"archive", "checkpoint", "model", "data", "plan", "config", "errors"},
     "archive": {"checkpoint", "model", "metrics", "plan", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
     "plan": {"config", "parallel.topology", "errors"},
@@ -60,7 +60,8 @@ ONLY_IN = {
     "omegaconf": {"compose"},
     # a contestant in benchmarks, the engine everywhere else
     "deepspeed": {"train.engine", "bench.peers"},
-    "transformers": {"bench.peers"},
+    # held against our models
+    "transformers": {"bench.peers", "hub.parity"},
     "wandb": {"metrics.log"},
     "datasets": {"prepare.text"},
     "fsspec": {"checkpoint.remote"},

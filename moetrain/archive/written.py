@@ -39,7 +39,7 @@ class Intervals:
         self, directory: Path, *, sizes: Mapping[str, int], dtypes: Mapping[str, torch.dtype] | None = None, files: int
     ) -> None:
         self._directory, self._sizes, self._files = directory, sizes, files
-        self._dtypes = {name: torch.float32 for name in sizes} | dict(dtypes or {})
+        self._dtypes = dict.fromkeys(sizes, torch.float32) | dict(dtypes or {})
         self._total = sum(size * self._dtypes[name].itemsize for name, size in sizes.items())
         self._done = 0
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in sizes}

@@ -241,6 +241,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a run starts from, where it has no checkpoint of its own."""
+
+    weights: str | None = None
+    """Directory of a run (for its newest whole checkpoint) or of a checkpoint, whose weights this run starts from; the
+    optimizer starts anew. null: weights drawn from the seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
     """Going on from a checkpoint."""
 
@@ -292,6 +301,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -66,7 +66,7 @@ def adopt(source: Path, out: Path, *, check: bool, warn: Callable[[str], None]) 
         DataError: the tokenizer is missing, or is another model's.
     """
     if check:
-        parity.need("transformers", "import with check=true")
+        parity.need_transformers("import with check=true")
     if out.exists():
         raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
     config = _read_json(source / "config.json")
@@ -110,7 +110,7 @@ def _name(out: Path) -> str:
 
 def _files(source: Path) -> dict[str, Path]:
     """Name of each tensor there is -> its file."""
-    safetensors = parity.need("safetensors", "import")
+    safetensors = parity.need_safetensors("import")
     if (source / INDEX).is_file():
         weight_map = _read_json(source / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(each, str) for each in weight_map.values()):
@@ -131,7 +131,7 @@ def _files(source: Path) -> dict[str, Path]:
             raise CheckpointError(f"{path} is missing, but {INDEX} names it: download it again")
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
-                found |= {key: path for key in file.keys()}  # noqa: SIM118 (no mapping)
+                found |= dict.fromkeys(file.keys(), path)
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is cut short or damaged ({error}): download it again") from None
     return found
@@ -144,7 +144,7 @@ def _as_named(part: Part, files: dict[str, Path]) -> Part:
 
 
 def _hold_names(parts: list[Part], files: dict[str, Path], *, tied: bool) -> None:
-    safetensors = parity.need("safetensors", "import")
+    safetensors = parity.need_safetensors("import")
     missing = [part.name for part in parts if part.name not in files]
     wanted = {part.name for part in parts}
     ignored = (*IGNORED, *((r"lm_head\.weight",) if tied else ()))
@@ -204,7 +204,7 @@ def _write(root: Path, manifest: Manifest, expected: Expected, parts: list[Part]
 
 def _values(parts: list[Part], files: dict[str, Path]) -> Iterator[tuple[Part, Tensor]]:
     """In the shape of ours."""
-    safetensors = parity.need("safetensors", "import")
+    safetensors = parity.need_safetensors("import")
     file, opened = None, None
     for part in parts:
         if files[part.name] != opened:

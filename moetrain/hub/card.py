@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain import __version__
+from moetrain.archive.listing import held_out_losses
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.identity import ORIGIN_FILE
 from moetrain.config.schema import RunConfig
@@ -23,7 +24,10 @@ def model_card(run: RunConfig, manifest: Manifest, *, run_dir: Path, family: str
     model, moe, count = run.model, run.model.moe, count_parameters(run.model)
     sparse = "dense" if moe is None else f"{moe.num_experts} experts, {moe.top_k} for each token, router {moe.router}"
     length = run.batch.sequence_length or model.context
-    loss = "" if manifest.held_out_loss is None else f"{manifest.held_out_loss:.4f} nats per token"
+    held_out = manifest.held_out_loss
+    if held_out is None:
+        held_out = held_out_losses(run_dir)[0].get(manifest.step)
+    loss = "" if held_out is None else f"{held_out:.4f} nats per token"
     flops = flops_per_token(model, sequence_length=length) * manifest.tokens
     rows = {
         "parameters": f"{format_count(count.total)}, {format_count(count.active)} active for each token",

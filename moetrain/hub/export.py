@@ -71,7 +71,7 @@ def export(
         CheckpointError: the checkpoint is not whole, or what was written says something else.
     """
     if check:
-        parity.need("transformers", "export with check=true")
+        parity.need_transformers("export with check=true")
     if out.exists():
         raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
     run, directory, manifest = newest_or(run_dir, step=step, warn=warn)
@@ -100,9 +100,7 @@ def export(
     return Exported(out, family.architecture, files=len(files), nbytes=size, parity=held)
 
 
-def _compare(
-    run_dir: Path, made: Path, *, step: int, dtype: torch.dtype, warn: Callable[[str], None]
-) -> Parity:
+def _compare(run_dir: Path, made: Path, *, step: int, dtype: torch.dtype, warn: Callable[[str], None]) -> Parity:
     # one after the other: two models at once would take twice the memory
     run, gpt = load_model(run_dir, step=step, warn=warn)
     tokens = parity.probe(run.model.vocab_size, context=run.model.context)
@@ -126,13 +124,13 @@ def _write_weights(
     directory: Path, stored: Stored, parts: list[Part], *, dtype: torch.dtype, shard_bytes: int
 ) -> list[str]:
     """Names of the files."""
-    safetensors = parity.need("safetensors.torch", "export")
+    safetensors = parity.need_safetensors("export")
     shards = list(_shards(parts, itemsize=dtype.itemsize, most=shard_bytes))
     names = [ONE_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                                                  for i in range(len(shards))]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
         tensors = {part.name: _read(stored, part).to(dtype) for part in shard}
-        safetensors.save_file(tensors, str(directory / name), metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, str(directory / name), metadata={"format": "pt"})
     if len(shards) > 1:
         where = {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard}
         total = sum(part.numel for part in parts) * dtype.itemsize
@@ -189,5 +187,3 @@ def _sync(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-

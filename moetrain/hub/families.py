@@ -384,4 +384,4 @@ def _foreign(config: dict[str, Any], family: Family) -> Iterator[str]:
     if kind == "qwen2_moe":
         width, shared = config.get("moe_intermediate_size"), config.get("shared_expert_intermediate_size")
         if width and (not shared or shared % width):
-            yield f"shared_expert_intermediate_size is {shared}, but must be a multiple of moe_intermediate_size, {width}"
+            yield f"shared_expert_intermediate_size is {shared}, but must be moe_intermediate_size, {width}, times n"

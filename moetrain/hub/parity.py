@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,30 @@ class Parity:
         return f"scores of {self.tokens} tokens differ by {self.largest:.1e} at most, of up to {self.scale:.3g}"
 
 
-def need(library: str, what: str) -> Any:
-    """A library of the extra ``hf``.
+def need_transformers(what: str) -> Any:
+    """The library.
 
     Raises:
         ConfigError: it is not installed.
     """
     try:
-        return importlib.import_module(library)
+        import transformers
     except ImportError as error:
-        raise ConfigError([f"{what} needs {library.partition('.')[0]} ({error}): pip install 'moetrain[hf]'"]) from None
+        raise ConfigError([f"{what} needs transformers ({error}): pip install 'moetrain[hf]'"]) from None
+    return transformers
+
+
+def need_safetensors(what: str) -> Any:
+    """The library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ConfigError([f"{what} needs safetensors ({error}): pip install 'moetrain[hf]'"]) from None
+    return safetensors
 
 
 def probe(vocab_size: int, *, context: int) -> Tensor:
@@ -73,7 +86,7 @@ def their_scores(directory: Path, token_BS: Tensor) -> Tensor:
     Raises:
         CheckpointError: it finds keys missing or left over.
     """
-    transformers = need("transformers", "comparing with it")
+    transformers = need_transformers("comparing with transformers")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -107,7 +107,9 @@ def _attention(model: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
         yield _bias(f"{theirs}.o_proj", f"{ours}.out", width, has=True)
     if model.qk_norm is not None:
         for name, rows in (("q_norm", query), ("k_norm", key)):
-            yield _whole(f"{theirs}.{name}.weight", f"{ours}.{name}.weight", d_head if model.qk_norm == "head" else rows)
+            yield _whole(
+                f"{theirs}.{name}.weight", f"{ours}.{name}.weight", d_head if model.qk_norm == "head" else rows
+            )
 
 
 def _sparse(model: ModelConfig, family: Family, theirs: str, ours: str) -> Iterator[Part]:

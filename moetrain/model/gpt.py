@@ -89,9 +89,7 @@ class Block(nn.Module):
         output: BlockOutput = self.recompute.block(whole, x_BSD)
         return output
 
-    def _attend(
-        self, x_BSD: Tensor, turn: Rotation | None, mask: Tensor | None, past: KeyValues | None
-    ) -> _Halfway:
+    def _attend(self, x_BSD: Tensor, turn: Rotation | None, mask: Tensor | None, past: KeyValues | None) -> _Halfway:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn=turn, mask=mask, past=past)
         return _Halfway(x_BSD, self.feed_forward_norm(x_BSD))
 

@@ -1,4 +1,4 @@
-"""Models come from `transformers`, go back, and are the same: tensors bit for bit, scores to rounding, words exactly."""
+"""Models come from `transformers`, go back, and are the same: tensors bit for bit, scores to rounding, words too."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ OURS = {
         qk_norm="head", moe=MoEConfig(num_experts=4, top_k=4, d_expert=24, router="dense")
     ),
     "sinkhorn": ModelConfig(
-        qk_norm="head", moe=MoEConfig(num_experts=4, router="sinkhorn", gate="softmax", allow_noncausal=True, d_expert=8)
+        qk_norm="head",
+        moe=MoEConfig(num_experts=4, router="sinkhorn", gate="softmax", allow_noncausal=True, d_expert=8),
     ),
     "qwen2_moe": ModelConfig(
         num_layers=3, moe=MoEConfig(num_experts=4, d_expert=8, every=3, num_shared_experts=2, shared_gate=True)
@@ -335,7 +336,7 @@ def test_what_is_wrong_with_a_model_is_named(fault, save, tmp_path):
 def test_a_file_that_the_index_names_must_be_there(save, tmp_path):
     path = save("mixtral", max_shard_size="20KB")
     next(iter(sorted(path.glob("model-*.safetensors")))).unlink()
-    with pytest.raises(CheckpointError, match="is missing, but model.safetensors.index.json names it"):
+    with pytest.raises(CheckpointError, match=r"is missing, but model\.safetensors\.index\.json names it"):
         adopt(path, tmp_path / "run", check=False, warn=pytest.fail)
 
 
@@ -367,7 +368,7 @@ def test_what_our_model_cannot_be_is_told(kind, changed, told, save, tmp_path):
     path = save(kind)
     config = json.loads((path / "config.json").read_text()) | changed
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="config.json: ") as caught:
+    with pytest.raises(ConfigError, match=r"config\.json: ") as caught:
         adopt(path, tmp_path / "run", check=False, warn=pytest.fail)
     assert told in str(caught.value)
     shutil.rmtree(path)

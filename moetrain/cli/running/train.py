@@ -140,6 +140,7 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     corpus = corpus_of(run)
     run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
                                                      corpus.parts.items()}))  # fmt: skip
+    _hold_weights(run, run_dir, tokenizer=corpus.digests()["tokenizer"])
     make_batches(run, corpus)  # a mixture that does not work out is told before anything starts
     # so that the run directory can be moved, and sampled from without the token files; a checkpoint's stays with it
     if not any((run_dir / "checkpoints").glob("step_*/manifest.json")):
@@ -151,6 +152,20 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     if run.data.sources:
         print(mixture_text(usage(run, corpus)))
     return run
+
+
+def _hold_weights(run: RunConfig, run_dir: Path, *, tokenizer: str) -> None:
+    """Hold ``init.weights`` against the settings before anything starts, while the run still begins from there."""
+    from moetrain.checkpoint import store
+
+    if run.init.weights is None or store.whole_checkpoints(run_dir / "checkpoints"):
+        return
+    weights = Path(run.init.weights)
+    whole = [weights] if (weights / store.MANIFEST).is_file() else store.whole_checkpoints(weights / "checkpoints")
+    if not whole:
+        raise CheckpointError(f"init.weights is {weights}, but there is no checkpoint in it: name a run's directory")
+    if problems := store.not_a_start(store.read_manifest(whole[-1]), run=run, tokenizer=tokenizer):
+        raise ConfigError(problems)
 
 
 def _remote(run: RunConfig) -> Remote | None:
