@@ -114,8 +114,7 @@ def run_rank(run_dir: Path) -> bool:
     if state.step < sizes.steps:
         with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=parts.is_first) as bar:
             if resumed_from:
-                how = "resumed" if state.step else "weights"
-                bar.say(f"{how} from {resumed_from} at step {state.step:,}")
+                bar.say(f"{'resumed' if state.step else 'weights'} from {resumed_from} at step {state.step:,}")
             _train(parts, state, evaluator=evaluator, stop=stop, record=record, bar=bar)
     finished = state.step >= sizes.steps
     if finished:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,8 +93,5 @@ def test_another_models_weights_are_refused_on_every_rank(real_runs, ranks):
 def test_a_place_without_a_whole_checkpoint_is_refused(real_runs, ranks):
     for directory in (real_runs / "ep2" / "checkpoints").iterdir():
         next(directory.glob("*.distcp")).write_bytes(b"")
-    assert (
-        "has no whole checkpoint; checkpoint step_00000003 is damaged" in ranks(1, _refused, real_runs / "ep2", {})[0]
-    )
-    shutil.rmtree(real_runs / "ep2" / "checkpoints")
-    assert "but has no whole checkpoint" in ranks(1, _refused, real_runs / "ep2", {})[0]
+    told = ranks(1, _refused, real_runs / "ep2", {})[0]
+    assert "has no whole checkpoint; checkpoint step_00000003 is damaged" in told
