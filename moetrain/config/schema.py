@@ -313,13 +313,21 @@ class SampleConfig:
 
     run_dir: str = "runs/tiny"
     """A run with a checkpoint."""
-    prompt: str = ""
-    """Text to go on from; empty: a new document."""
+    prompt: list[str] = field(default_factory=lambda: [""])
+    """Text to go on from, once or several times; empty: a new document."""
     max_tokens: int = 120
     """Tokens to write at most."""
     temperature: float = 0.8
     """Divides the scores; 0: always the likeliest token."""
     top_k: int = 50
     """Draw among this many likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest that hold this share of the probability, in (0, 1]."""
     seed: int = 0
-    """Another seed, another text."""
+    """Another seed, another text. The second of several prompts has the next seed, and so on."""
+    stop: list[str] = field(default_factory=list)
+    """Texts before which it ends, once or several times; a line break is written \\n."""
+    colour: str = "none"
+    """none, or experts: each token in the colour of the expert that it chose first."""
+    layer: int | None = None
+    """colour=experts: number of the MoE block, from 0. null: the one in the middle."""

@@ -52,6 +52,7 @@ def train(words: Sequence[str]) -> int:
     """The verb `train`."""
     options = Options.read(words, flags=("--dry-run",))
     run, _ = settings(options)
+    from moetrain.config.schema import SampleConfig
     from moetrain.report import screen
 
     run_dir = Path(str(run.run_dir))
@@ -80,7 +81,10 @@ def train(words: Sequence[str]) -> int:
                 return STOPPED
         screen.draw(run_dir)
         opening = _opening(run)
-        sample = "".join(write(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
+        sample = ""
+        if screen.is_small(run):
+            _, pieces = write(SampleConfig(run_dir=str(run_dir), prompt=[opening]))
+            sample = "".join(piece.text for piece in pieces)
         screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
         _catch_up(remote, run, run_dir)
     return 0
