@@ -38,6 +38,7 @@ VERBS = {
     "data": Verb("before.data", "show what a step reads"),
     "export": Verb("results.hub", "write a trained model for transformers"),
     "import": Verb("results.hub", "bring a model of transformers here, to train on"),
+    "evaluate": Verb("results.evaluate", "held-out loss and experts by source, tasks of the harness"),
     "sample": Verb("results.model", "let a trained model write"),
     "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),

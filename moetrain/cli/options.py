@@ -140,7 +140,7 @@ def paths_and_settings(
     """What follows a verb that takes paths and settings of its own, a dataclass.
 
     Args:
-        section: the settings; a number from 0 that has no sign is a count, text stays as it is written.
+        section: the settings; none of the numbers may be below 0, and a list is given word by word.
         paths: what each path is, in words.
 
     Raises:
@@ -148,12 +148,17 @@ def paths_and_settings(
     """
     from moetrain.config.freeze import freeze_section
 
-    texts = {name for name, hint in typing.get_type_hints(section).items() if str in (typing.get_args(hint) or (hint,))}
+    hints = typing.get_type_hints(section)
+    texts = {name for name, hint in hints.items() if str in (typing.get_args(hint) or (hint,))}
+    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
     given: dict[str, Any] = {}
     found = []
     for word in words:
         key, equals, value = word.partition("=")
         if equals and key.isidentifier() and not Path(word).exists():
+            if key in lists:
+                given.setdefault(key, []).append(value)
+                continue
             truth = {"true": True, "false": False, "null": None}
             given[key] = value if key in texts and value != "null" else truth.get(value.lower(), number(value))
         elif word.startswith("-"):

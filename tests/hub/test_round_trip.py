@@ -11,23 +11,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from own_runs import write_own_run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from moetrain.archive.doctor import examine
 from moetrain.archive.expected import expected_tensors
 from moetrain.archive.stored import Stored
-from moetrain.archive.written import write_checkpoint
-from moetrain.checkpoint.store import Manifest
-from moetrain.config.checks import check, resolve
-from moetrain.config.freeze import flatten, freeze, to_dict, write_run
+from moetrain.config.checks import check
+from moetrain.config.freeze import flatten, to_dict
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.data.tokenizer import end_of_text, train_tokenizer, vocabulary_size
 from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.hub.adopt import adopt
 from moetrain.hub.export import export
 from moetrain.hub.generate import load_model
-from moetrain.model.build import build_model, initialize
 
 VOCABULARY = 300
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -165,28 +163,7 @@ def own(tmp_path: Path, tokenizer: Tokenizer):
     def build(model: ModelConfig) -> Path:
         model = replace(model, vocab_size=VOCABULARY, context=32, d_model=16, num_heads=2, d_ff=24,
                         num_layers=min(3, model.num_layers))  # fmt: skip
-        run = resolve(replace(freeze({"name": "own"}), model=model), default_processes=1)
-        gpt = build_model(run.model)
-        initialize(gpt, init_std=0.4, seed=3)
-        torch.manual_seed(1)
-        for parameter in gpt.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-        for name, state in gpt.moe_state().items():
-            if name.endswith("bias_E"):
-                state += torch.randn_like(state) / 4
-        held = {f"{name}/fp32": each.detach() for name, each in gpt.named_parameters()}
-        held |= {f"{name}/state": each for name, each in gpt.moe_state().items()}
-        manifest = Manifest(step=7, tokens=7 * 512, seed=1, world_size=1, expert_parallel=1, run=to_dict(run), data={},
-                            files=[], has_moments=False, held_out_loss=3.25)  # fmt: skip
-
-        def fill(intervals: Any) -> None:
-            for name, each in held.items():
-                intervals.write(name, 0, each.reshape(-1))
-
-        write_checkpoint(tmp_path / "own" / "checkpoints", manifest, fill=fill,
-                         sizes={name: each.numel() for name, each in held.items()})  # fmt: skip
-        write_run(run, tmp_path / "own")
-        tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
+        write_own_run(tmp_path / "own", model, tokenizer)
         return tmp_path / "own"
 
     return build
