@@ -39,6 +39,7 @@ VERBS = {
     "export": Verb("results.hub", "write a trained model for transformers"),
     "import": Verb("results.hub", "bring a model of transformers here, to train on"),
     "evaluate": Verb("results.evaluate", "held-out loss and experts by source, tasks of the harness"),
+    "surgery": Verb("results.surgery", "a dense model to a sparse one, more experts, fewer"),
     "sample": Verb("results.model", "let a trained model write"),
     "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),

@@ -55,7 +55,10 @@ def run_tasks(
     except ImportError as error:
         raise ConfigError([f"tasks need lm_eval ({error}): pip install 'moetrain[lm_eval]'"]) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if include is None else str(include))
+    # the index of its own thousands of tasks takes many seconds: not where one's own directory has them all
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
+    if include is not None and not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=str(include))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         where = f" or in {include}" if include else "; include=DIR names a directory of your own"

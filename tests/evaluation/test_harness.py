@@ -117,7 +117,7 @@ def test_our_model_and_the_exported_one_get_the_same_marks(run_dir, tasks, tmp_p
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=str(tmp_path / "hf-model"), device="cpu", batch_size=3, max_length=24),
         tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )["results"]
     for task, metrics in ours.items():
