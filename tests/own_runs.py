@@ -13,9 +13,10 @@ from moetrain.archive.written import write_checkpoint
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.checks import resolve
 from moetrain.config.freeze import freeze, to_dict, write_run
-from moetrain.config.schema import ModelConfig
+from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.data.tokenizer import fingerprint
 from moetrain.model.build import build_model, initialize
+from moetrain.prepare.directory import prepare
 
 STEP, TOKENS, LOSS = 7, 7 * 512, 3.25
 
@@ -58,3 +59,16 @@ def write_own_run(
                      dtypes={name: each.dtype for name, each in held.items()})  # fmt: skip
     write_run(run, run_dir)
     tokenizer.save(str(run_dir / "tokenizer.json"))
+
+
+def write_tiny(run_dir: Path, place: Path) -> None:
+    """A sparse run with prepared text of its own in ``place``."""
+    (place / "texts").mkdir(parents=True)
+    for number in range(12):
+        (place / "texts" / f"{number}.txt").write_text(f"the state of the union is strong {number} " * (number + 3))
+    part = prepare(place / "prepared", text=[str(place / "texts" / "*.txt")], text_column="text", held_out=0.4,
+                   vocab_size=290, tokenizer=None, progress=lambda *_: None)  # fmt: skip
+    model = ModelConfig(vocab_size=300, context=16, num_layers=2, d_model=16, num_heads=2, d_ff=24,
+                        moe=MoEConfig(num_experts=3, d_expert=8))  # fmt: skip
+    tokenizer = Tokenizer.from_file(str(part.tokenizer_path))
+    write_own_run(run_dir, model, tokenizer, moments=True, prepared=str(part.directory))

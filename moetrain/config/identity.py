@@ -62,7 +62,7 @@ def unlike(source: RunConfig, run: RunConfig) -> list[str]:
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """What the weights are made for, with what follows from the rest filled in; not how they are trained."""
-    names = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "activation", "norm", "positions",
+    names = ("vocab_size", "num_layers", "d_model", "num_heads", "norm", "positions",
              "rope_theta", "qk_norm", "bias", "tie_embeddings")  # fmt: skip
     shape = {f"model.{name}": getattr(model, name) for name in names}
     shape["model.num_kv_heads"] = model.num_kv_heads or model.num_heads
@@ -70,6 +70,8 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
     if model.positions == "learned":
         shape["model.context"] = model.context
     moe = model.moe
+    if moe is None or moe.every > 1:
+        shape |= {"model.d_ff": model.d_ff, "model.activation": model.activation}
     if moe is None:
         return shape | {"model.moe": None}
     for name in ("num_experts", "top_k", "every", "num_shared_experts", "shared_gate"):

@@ -123,19 +123,20 @@ def native_model(gpt: GPT, tokenizer: Tokenizer, *, context: int, cache: bool, b
             return sums
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [self._write(*request.args) for request in requests]
-
-        def _write(self, prompt: str, how: dict[str, Any]) -> str:
-            until = how.get("until") or []
-            sampling = Sampling(
-                max_tokens=int(how.get("max_gen_toks") or 256),
-                temperature=float(how.get("temperature") or 0.0) if how.get("do_sample") else 0.0,
-                stop=tuple(each for each in ([until] if isinstance(until, str) else until) if each),
-            )
-            pieces = generate(gpt, tokenizer, [prompt], sampling=sampling, context=context, cache=cache)
-            return "".join(piece.text for piece in pieces)
+            return [_write(gpt, tokenizer, *request.args, context=context, cache=cache) for request in requests]
 
     return Native()
+
+
+def _write(gpt: GPT, tokenizer: Tokenizer, prompt: str, how: dict[str, Any], *, context: int, cache: bool) -> str:
+    until = how.get("until") or []
+    sampling = Sampling(
+        max_tokens=int(how.get("max_gen_toks") or 256),
+        temperature=float(how.get("temperature") or 0.0) if how.get("do_sample") else 0.0,
+        stop=tuple(each for each in ([until] if isinstance(until, str) else until) if each),
+    )
+    pieces = generate(gpt, tokenizer, [prompt], sampling=sampling, context=context, cache=cache)
+    return "".join(piece.text for piece in pieces)
 
 
 @torch.no_grad()

@@ -85,9 +85,9 @@ def _refused(rank: int, weights: Path, changed: dict[str, object]) -> str:
 
 
 def test_another_models_weights_are_refused_on_every_rank(real_runs, ranks):
-    for told in ranks(2, _refused, real_runs / "ep2", {"d_ff": 96, "norm": "layernorm"}):
+    for told in ranks(2, _refused, real_runs / "ep2", {"d_head": 16, "norm": "layernorm"}):
         # every rank has the first one's message
-        assert "model.d_ff is 96, but 64 in init.weights; model.norm is layernorm, but rmsnorm in init.weights" in told
+        assert "model.norm is layernorm, but rmsnorm in init.weights; model.d_head is 16, but 8 in init.weights" in told
 
 
 def test_a_place_without_a_whole_checkpoint_is_refused(real_runs, ranks):
