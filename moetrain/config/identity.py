@@ -94,6 +94,11 @@ def training_digest(run: RunConfig) -> str:
     settings["data"] = _what_is_read(settings["data"])
     settings["batch"].pop("micro_batch")
     kept = {key: settings[key] for key in ("seed", "model", "data", "batch", "optim", "schedule")}
+    # settings that came later count where they are used
+    kept["model"] = {name: value for name, value in kept["model"].items() if name != "qk_norm" or value is not None}
+    later = {"router_lr_ratio": 1.0, "experts_lr_ratio": 1.0, "freeze": []}
+    kept["optim"] = {name: value for name, value in kept["optim"].items()
+                     if name not in later or value != later[name]}  # fmt: skip
     if run.init.weights is not None:
         kept["init"] = settings["init"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -159,6 +159,13 @@ class OptimConfig:
     """Decoupled decay of matrices; norms, biases and embeddings of positions have none."""
     clip: float = 1.0
     """Largest global gradient norm, every expert counted once; 0: no clipping."""
+    router_lr_ratio: float = 1.0
+    """Learning rate of the routers, as a share of lr."""
+    experts_lr_ratio: float = 1.0
+    """Learning rate of the experts, as a share of lr."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that stay as they are, of router, experts and dense (all but these two): [router, experts] freezes the
+    sparse blocks, [dense] all but them (Shen et al. 2023, arXiv:2305.14705, compares what to freeze)."""
 
 
 @dataclass(frozen=True, kw_only=True)
