@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,18 @@ from moetrain.config.freeze import read_run
 from moetrain.config.identity import unlike
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run and its prepared text."""
+    place = tmp_path_factory.mktemp("made")
+    write_tiny(place / "runs" / "tiny", place / "of tiny")
+    return place
+
+
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a run in runs/tiny."""
-    write_tiny(tmp_path / "runs" / "tiny", tmp_path / "of tiny")
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -22,6 +22,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from moetrain.checkpoint import store
 from moetrain.errors import CheckpointError
 
+FILE_ELEMENTS = 1 << 30
+"""In one data file, about."""
+
 
 class Intervals:
     """Takes the intervals of a checkpoint's tensors and appends them to its data files.
@@ -84,14 +87,15 @@ def write_checkpoint(
     sizes: Mapping[str, int],
     fill: Callable[[Intervals], None],
     dtypes: Mapping[str, torch.dtype] | None = None,
-    files: int = 1,
+    files: int | None = None,
 ) -> Path:
     """Write a checkpoint in one process.
 
     Args:
         root: directory of checkpoints for it.
         manifest: with ``files`` empty.
-        sizes, dtypes, files: as ``Intervals``.
+        sizes, dtypes: as ``Intervals``.
+        files: data files, at most; None: one for each ``FILE_ELEMENTS``.
         fill: writes every interval.
 
     Returns:
@@ -105,6 +109,7 @@ def write_checkpoint(
         raise CheckpointError(f"{target} exists already: name another directory, or remove it first")
     partial = store.open_partial(root, manifest.step)
     try:
+        files = files or 1 + sum(sizes.values()) // FILE_ELEMENTS
         intervals = Intervals(partial, sizes=sizes, dtypes=dtypes, files=files)
         fill(intervals)
         intervals.finish()

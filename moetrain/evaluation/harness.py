@@ -82,7 +82,7 @@ def native_model(gpt: GPT, tokenizer: Tokenizer, *, context: int, cache: bool, b
     class Native(TemplateLM):
         def __init__(self) -> None:
             super().__init__()
-            self._device = next(gpt.parameters()).device
+            self._device = gpt.device
             # like a context that is empty in the harness: our documents begin with the token that ends them
             self._end = end_of_text(tokenizer)
 
@@ -146,7 +146,7 @@ def likelihoods(gpt: GPT, pairs: Sequence[tuple[list[int], list[int]]], *, conte
     Args:
         pairs: token ids; of what is longer than ``context`` and one, the end counts.
     """
-    device = next(gpt.parameters()).device
+    device = gpt.device
     wholes = [(before + after)[-(context + 1) :] for before, after in pairs]
     longest = max(map(len, wholes)) - 1
     # padded behind, where causal attention does not look

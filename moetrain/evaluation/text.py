@@ -59,7 +59,7 @@ def evaluate_sources(
         on_batch: called after each pass, for a progress bar.
     """
     gpt.eval()
-    device = next(gpt.parameters()).device
+    device = gpt.device
     results = []
     for name, text in texts.items():
         nats, tokens, count_LE = 0.0, 0, None

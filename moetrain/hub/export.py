@@ -129,7 +129,8 @@ def _write_weights(
     names = [ONE_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                                                  for i in range(len(shards))]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
-        tensors = {part.name: _read(stored, part).to(dtype) for part in shard}
+        # the bias of a choice moves in steps that bf16 cannot hold
+        tensors = {part.name: _read(stored, part).to(torch.float32 if part.is_state else dtype) for part in shard}
         safetensors.torch.save_file(tensors, str(directory / name), metadata={"format": "pt"})
     if len(shards) > 1:
         where = {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -41,11 +42,14 @@ def newest_or(run_dir: Path, *, step: int | None, warn: Callable[[str], None]) -
     return run, *newest
 
 
-def load_model(run_dir: Path, *, warn: Callable[[str], None], step: int | None = None) -> tuple[RunConfig, GPT]:
+def load_model(
+    run_dir: Path, *, warn: Callable[[str], None], step: int | None = None, device: torch.device | None = None
+) -> tuple[RunConfig, GPT]:
     """The model of a checkpoint, every expert in this process, in float32.
 
     Args:
         step: of the checkpoint; None: the newest whole one.
+        device: None: the CPU.
 
     Raises:
         CheckpointError: there is none, or it does not fit its settings.
@@ -57,7 +61,12 @@ def load_model(run_dir: Path, *, warn: Callable[[str], None], step: int | None =
     tensors |= {f"{name}/state": state for name, state in gpt.moe_state().items()}
     fragments = [Fragment(name, tensor.view(-1), 0, tensor.numel()) for name, tensor in tensors.items()]
     load(directory, fragments, group=None)
-    return run, gpt.eval()
+    return run, gpt.to(device).eval()
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +194,14 @@ class _Reader:
         self, gpt: GPT, rows: Sequence[_Row], *, room: int, context: int, cache: bool, watch: int | None
     ) -> None:
         self._gpt, self._rows, self._context, self._watch = gpt, rows, context, watch
+        self._device = gpt.device
         self._longest = max(len(row.ids) for row in rows)
         self._past = [KeyValues(length=self._longest + room) for _ in gpt.blocks] if cache else None
         # the shorter prompts begin later, so that all end at one place
-        self._padding_B = torch.tensor([self._longest - len(row.ids) for row in rows])
+        self._padding_B = self._tensor([self._longest - len(row.ids) for row in rows])
 
     def read(self) -> tuple[Tensor, dict[int, tuple[int, ...]]]:
-        """Scores of the next token of each row, [B, V] in fp32, and the experts of its newest one, by row."""
+        """Scores of the next token of each row, [B, V] in fp32 on the host; by row, the experts of its newest one."""
         if self._past is not None and all(len(row.ids) <= self._context for row in self._rows):
             return self._read_on(self._past)
         self._past = None
@@ -199,22 +209,25 @@ class _Reader:
         experts: dict[int, tuple[int, ...]] = {}
         for row in self._rows:
             if not row.ended or self._watch is not None:
-                output = self._gpt(torch.tensor([row.ids[-self._context :]]))
-                logits[row.number] = output.logit_BSV[0, -1].float()
+                output = self._gpt(self._tensor([row.ids[-self._context :]]))
+                logits[row.number] = output.logit_BSV[0, -1].float().cpu()
                 if self._watch is not None:
                     experts[row.number] = tuple(output.moe[self._watch].choice.expert_TK[-1].tolist())
         nothing = torch.zeros_like(next(iter(logits.values())))
         return torch.stack([logits.get(row.number, nothing) for row in self._rows]), experts
 
+    def _tensor(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
     def _read_on(self, past: list[KeyValues]) -> tuple[Tensor, dict[int, tuple[int, ...]]]:
         begin = past[0].filled
         if begin == 0:
-            token_BS = torch.tensor([[row.ids[0]] * (self._longest - len(row.ids)) + row.ids for row in self._rows])
+            token_BS = self._tensor([[row.ids[0]] * (self._longest - len(row.ids)) + row.ids for row in self._rows])
         else:
             # a row that has ended goes along, and nobody looks at it
-            token_BS = torch.tensor([[row.ids[-1]] for row in self._rows])
-        place_S = torch.arange(begin, begin + token_BS.shape[1])
-        seen_A = torch.arange(begin + token_BS.shape[1])
+            token_BS = self._tensor([[row.ids[-1]] for row in self._rows])
+        place_S = torch.arange(begin, begin + token_BS.shape[1], device=self._device)
+        seen_A = torch.arange(begin + token_BS.shape[1], device=self._device)
         mask_BSA = (seen_A >= self._padding_B[:, None, None]) & (seen_A <= place_S[:, None])
         # padding sees itself: a row of the softmax without anything would be NaN
         mask_BSA = mask_BSA | (seen_A == place_S[:, None])
@@ -229,7 +242,7 @@ class _Reader:
             expert_TK = output.moe[self._watch].choice.expert_TK
             expert_BK = expert_TK.view(len(self._rows), -1, expert_TK.shape[1])[:, -1]
             experts = {row.number: tuple(expert_BK[row.number].tolist()) for row in self._rows}
-        return output.logit_BSV[:, -1].float(), experts
+        return output.logit_BSV[:, -1].float().cpu(), experts
 
 
 def _draw(logit_V: Tensor, sampling: Sampling, *, generator: torch.Generator) -> int:

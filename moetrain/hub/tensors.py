@@ -34,6 +34,11 @@ class Part:
     """Whether ours has its two dimensions the other way round (GPT-2's Conv1D)."""
 
     @property
+    def is_state(self) -> bool:
+        """Whether it is kept beside the weights, in fp32, and not learned by gradients."""
+        return self.ours.endswith("/state")
+
+    @property
     def numel(self) -> int:
         """Elements."""
         return math.prod(self.shape)

@@ -193,6 +193,11 @@ class GPT(nn.Module):
         head = self.embedding if self.head is None else self.head
         return GPTOutput(logit_BSV=head(self.norm(x)), moe=moe)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.embedding.weight.device
+
     def moe_state(self) -> dict[str, Tensor]:
         """State of the MoE blocks that no optimizer holds, by global name; the same on every rank."""
         return {

@@ -47,6 +47,7 @@ class Scripted:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids, self.asked = list(ids), []
+        self.device = torch.device("cpu")
 
     def __call__(self, token_BS: torch.Tensor) -> GPTOutput:
         self.asked.append(token_BS[0].tolist())

@@ -220,12 +220,25 @@ def test_many_files_are_one_model(own, tmp_path):
         assert sum(each.nbytes for each in load_file(path).values()) <= max(20_000, largest)
 
 
-def test_what_goes_out_in_bf16_is_compared_in_bf16(own, tmp_path):
-    run_dir = own(OURS["mixtral"])
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe"])
+def test_what_goes_out_in_bf16_is_compared_in_bf16(own, tmp_path, kind):
+    run_dir = own(OURS[kind])
     went = export_plainly(run_dir, tmp_path / "out", dtype="bf16")
     assert went.parity.largest < 2e-5 * went.parity.scale
     fp32 = tensors_of_run(run_dir)["embedding.weight/fp32"].view(VOCABULARY, -1)
     assert torch.equal(tensors(tmp_path / "out")["model.embed_tokens.weight"], fp32.bfloat16())
+
+
+def test_gpt2_is_known_by_its_short_names_too(save, tmp_path):
+    """As it lies on the hub: without the model's name before the tensors', and with buffers that nobody reads."""
+    path = save("gpt2")
+    held = load_file(path / "model.safetensors")
+    short = {name.removeprefix("transformer."): each for name, each in held.items()}
+    assert short.keys() != held.keys()
+    short["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    save_file(short, path / "model.safetensors", metadata={"format": "pt"})
+    came = adopt(path, tmp_path / "run", check=True, warn=pytest.fail)
+    assert came.parity.largest < 2e-5 * came.parity.scale
 
 
 def test_the_card_says_how_it_was_trained(own, tmp_path):

@@ -147,8 +147,7 @@ def test_copies_that_answer_together_are_a_little_unlike(own, tmp_path, kind):
     assert ((off > 0.005) & (off < 0.03)).all()
 
 
-@pytest.mark.parametrize("router", ["top_k", "switch", "gshard"])
-@pytest.mark.parametrize("copies", [2, 4])
+@pytest.mark.parametrize(("router", "copies"), [("top_k", 2), ("switch", 2), ("gshard", 4)])
 def test_copies_part_the_tokens_and_choose_as_before(own, tmp_path, router, copies):
     moe = replace(SPARSE.moe, router=router, top_k=1 if router == "switch" else 2)
     small = own(replace(SPARSE, moe=moe))

@@ -72,10 +72,10 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _text(run_dir: Path, wanted: _Evaluate) -> int:
     from moetrain.evaluation.text import evaluate_sources, together
-    from moetrain.hub.generate import load_model
+    from moetrain.hub.generate import best_device, load_model
     from moetrain.metrics.console import WorkBar
 
-    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn)
+    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn, device=best_device())
     corpus = _corpus(run, run_dir, data=wanted.data)
     texts = corpus.held_out() if wanted.split == "held_out" else corpus.training()
     length = min(run.model.context, run.batch.sequence_length or run.model.context)
@@ -137,9 +137,9 @@ def _tasks(run_dir: Path, wanted: _Evaluate) -> int:
     from moetrain.data.corpus import TOKENIZER
     from moetrain.data.tokenizer import load_tokenizer
     from moetrain.evaluation.harness import run_tasks
-    from moetrain.hub.generate import load_model
+    from moetrain.hub.generate import best_device, load_model
 
-    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn)
+    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn, device=best_device())
     reason = sees_others(run.model.moe)
     if reason:
         _warn(f"{reason}: each example is read by itself")

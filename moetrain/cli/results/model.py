@@ -77,10 +77,10 @@ def write(wanted: SampleConfig) -> tuple[RunConfig, Iterator[Written]]:
     from moetrain.config.routers import sees_others
     from moetrain.data.corpus import TOKENIZER
     from moetrain.data.tokenizer import load_tokenizer
-    from moetrain.hub.generate import Sampling, generate, load_model
+    from moetrain.hub.generate import Sampling, best_device, generate, load_model
 
     run_dir = Path(wanted.run_dir)
-    run, gpt = load_model(run_dir, warn=_warn)
+    run, gpt = load_model(run_dir, warn=_warn, device=best_device())
     watch = None
     if wanted.colour == "experts":
         watch = _watched(run, layer=wanted.layer)
