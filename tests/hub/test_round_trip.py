@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.hub.adopt import adopt
 from moetrain.hub.export import export
 from moetrain.hub.generate import load_model
+from moetrain.hub.parity import Parity, our_scores, probe
 
 VOCABULARY = 300
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -267,6 +269,26 @@ def test_a_model_that_says_something_else_is_not_left_there(own, tmp_path, monke
     with pytest.raises(CheckpointError, match="transformers makes something else"):
         export_plainly(run_dir, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("largest", "rounding", "holds"),
+    [(1e-3, 1e-6, True), (0.1, 1e-6, False), (0.1, 0.02, True), (0.3, 0.02, False), (2.0, 1.0, False),
+     (math.nan, 1e-6, False)],
+)  # fmt: skip
+def test_a_difference_is_rounding_or_it_is_not(largest, rounding, holds):
+    """Of scores up to 50: 2e-4 of that, or ten times what rounding does to our own, but never more than 2 in 100."""
+    assert Parity(largest=largest, scale=50.0, tokens=128, rounding=rounding).holds == holds
+
+
+def test_rounding_is_what_the_last_bit_of_every_weight_does(own):
+    _, gpt = load_model(own(OURS["mixtral"]), warn=pytest.fail)
+    before = {name: parameter.clone() for name, parameter in gpt.named_parameters()}
+    calm = our_scores(gpt, probe(VOCABULARY, context=32), dtype=torch.float32)
+    assert 0 < calm.rounding < 1e-4 * calm.score_BSV.abs().max()
+    for name, parameter in gpt.named_parameters():
+        moved = (parameter.double() / before[name].double() - 1).abs()
+        assert 0 < moved.max() <= 2**-22, name
 
 
 def test_what_is_there_already_stays(own, tmp_path):
