@@ -70,7 +70,7 @@ def adopt(source: Path, out: Path, *, check: bool, warn: Callable[[str], None]) 
     if out.exists():
         raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
     config = _read_json(source / "config.json")
-    run, family = _settings(config, source, name=_name(out))
+    run, family = _settings(config, source, name=name_of(out))
     files = _files(source)
     parts = [_as_named(part, files) for part in parts_of(run.model, family)]
     expected = expected_tensors(to_dict(run))
@@ -100,11 +100,15 @@ def _settings(config: dict[str, Any], source: Path, *, name: str) -> tuple[RunCo
         model, family = settings_of(config)
     except ConfigError as error:
         raise ConfigError([f"{source / 'config.json'}: {each}" for each in error.problems]) from None
+    # masters are fp32 in any case: this is what is computed in
+    told = str(config.get("dtype") or config.get("torch_dtype"))
+    model = replace(model, dtype="bf16" if told == "bfloat16" else "fp32")
     run = replace(freeze({"name": name}), model=model)
     return resolve(run, default_processes=1), family
 
 
-def _name(out: Path) -> str:
+def name_of(out: Path) -> str:
+    """What a run in a directory is called: a word that needs no quotes."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name)
 
 

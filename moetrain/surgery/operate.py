@@ -25,6 +25,7 @@ from moetrain.data.loader import HeldOutText
 from moetrain.data.packing import Packing
 from moetrain.errors import ConfigError, DataError
 from moetrain.evaluation.text import SourceResult, evaluate_sources, together
+from moetrain.hub.adopt import name_of
 from moetrain.hub.generate import load_model, newest_or
 from moetrain.plan.flops import GATED
 from moetrain.surgery.plan import Move, jittered, parted
@@ -87,7 +88,7 @@ def operate(
     if out.exists():
         raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
     run, directory, manifest = newest_or(run_dir, step=None, warn=warn)
-    new = replace(run, name=out.resolve().name, run_dir=str(out), model=change(run.model))
+    new = replace(run, name=name_of(out), run_dir=str(out), model=change(run.model))
     new = replace(new, parallel=replace(new.parallel, expert_parallel=1))
     check(new, flatten(to_dict(new)))
     texts, packing, on = _texts(run)

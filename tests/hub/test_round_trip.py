@@ -227,6 +227,11 @@ def test_what_goes_out_in_bf16_is_compared_in_bf16(own, tmp_path, kind):
     run_dir = own(OURS[kind])
     went = export_plainly(run_dir, tmp_path / "out", dtype="bf16")
     assert went.parity.largest < 2e-5 * went.parity.scale
+    back = adopt(tmp_path / "out", tmp_path / "the way back", check=True, warn=pytest.fail)
+    assert (back.run.model.dtype, back.run.name, back.experiment) == ("bf16", "the_way_back", "the_way_back")
+    export_plainly(tmp_path / "the way back", tmp_path / "again")
+    once, twice = tensors(tmp_path / "out"), tensors(tmp_path / "again")
+    assert all(torch.equal(once[name], twice[name]) for name in once)
     fp32 = tensors_of_run(run_dir)["embedding.weight/fp32"].view(VOCABULARY, -1)
     assert torch.equal(tensors(tmp_path / "out")["model.embed_tokens.weight"], fp32.bfloat16())
 
