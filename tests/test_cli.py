@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +22,8 @@ from moetrain.cli.results import model
 from moetrain.compose import compose
 from moetrain.config.checks import resolve
 from moetrain.config.freeze import freeze, read_run, to_dict, write_run
-from moetrain.config.schema import RunConfig
+from moetrain.config.schema import RunConfig, SampleConfig
+from moetrain.hub.generate import Written
 
 
 @pytest.fixture(autouse=True)
@@ -309,7 +309,10 @@ class TestSample:
             (("run_dir=a=b, c",), "a=b, c/run.yaml does not exist"),
             (("hello",), "'hello' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""),
             (("promt=a",), "'promt' is not a setting; did you mean 'prompt'?"),
-            (("zzz=a",), "'zzz' is not a setting: use run_dir, prompt, max_tokens, temperature, top_k, seed"),
+            (
+                ("zzz=a",),
+                "'zzz' is not a setting: use run_dir, prompt, max_tokens, temperature, top_k, top_p, seed, stop",
+            ),
             (("max_tokens=ten",), "'max_tokens' is 'ten', but must be a whole number"),
             (("max_tokens=1.5",), "'max_tokens' is 1.5, but must be a whole number"),
             (("temperature=[",), "'temperature' is '[', but must be a number"),
@@ -327,18 +330,18 @@ class TestSample:
 
     @pytest.mark.parametrize("prompt", ["a b", "x=1, y=2", "", "null", "12", "'quoted'", "it's: [1]\n#", "-h?", "é😀"])
     def test_a_prompt_is_any_text(self, moetrain_in_process, monkeypatch, prompt):
-        asked: dict[str, Any] = {}
+        asked: list[SampleConfig] = []
 
-        def answer(**wanted: Any) -> list[str]:
-            asked.update(wanted)
-            return [" and", " so on"]
+        def answer(wanted: SampleConfig) -> tuple[None, list[Written]]:
+            asked.append(wanted)
+            return None, [Written(row=0, text=" and"), Written(row=0, text=" so on")]
 
         monkeypatch.setattr(model, "write", answer)
         words = ("run_dir=runs/a b", f"prompt={prompt}", "temperature=1e-1", "max_tokens=7", "seed=3")
         done = moetrain_in_process("sample", *words)
         assert (done.returncode, done.stdout) == (0, f"{prompt} and so on\n")
-        given = {"run_dir": Path("runs/a b"), "prompt": prompt, "max_tokens": 7, "temperature": 0.1, "seed": 3}
-        assert asked == given | {"top_k": 50}
+        given = {"run_dir": "runs/a b", "prompt": [prompt], "max_tokens": 7, "temperature": 0.1, "seed": 3}
+        assert asked == [SampleConfig(**given)]
 
     def test_a_run_that_has_not_trained_is_told(self, moetrain_in_process, place):
         earlier_run(place)

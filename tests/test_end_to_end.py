@@ -217,6 +217,16 @@ def test_a_run_directory_can_be_moved_and_sampled_from(place, unbroken, tmp_path
     assert done.stdout.startswith("Fellow")
 
 
+def test_a_run_begins_where_another_one_has_ended(place, unbroken):
+    """With a learning rate of next to nothing it stays there."""
+    overrides = ("init.weights=runs/unbroken", "schedule.steps=1", "schedule.warmup_steps=0", "optim.lr=1e-12")
+    done = run(place, "begun", *overrides, "parallel.expert_parallel=1")
+    assert done.returncode == 0, done.stderr
+    assert "weights from runs/unbroken/checkpoints/" in done.stdout
+    held_out = [final(place, name)["held_out_loss"] for name in ("begun", "unbroken")]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
+
+
 def test_text_that_changed_since_the_checkpoint_is_refused(place, unbroken):
     """Its tokens would come in another order, and with another tokenizer mean something else."""
     corpus = place / "corpus.jsonl"

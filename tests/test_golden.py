@@ -29,7 +29,8 @@ ON_TWO = ["launch.processes=2"]
 ON_EIGHT = ["launch.processes=8"]
 PRESETS = {
     **{name: [f"model={name}", *(ON_TWO if name in ("tiny", "gpt2_124m") else ON_EIGHT)] for name in MODELS},
-    **{name: [f"experiment={name}"] for name in EXPERIMENTS},
+    # an experiment about layouts says itself how many processes it wants
+    **{name: [f"experiment={name}", *([] if "parallel" in name else ON_TWO)] for name in EXPERIMENTS},
     "tiny-dense": ["model/moe=none", *ON_TWO],
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import store
 from moetrain.checkpoint.certificate import Certificate, differences, probe_differences
-from moetrain.checkpoint.state import newest_whole
+from moetrain.checkpoint.state import Fragment, load, newest_whole, read_index
 from moetrain.config.schema import RunConfig
 from moetrain.errors import CheckpointError
 
@@ -81,3 +81,56 @@ def hold_certificate(
         raise CheckpointError(f"{message}; if you know why and want to go on all the same, set resume.trust=true")
     if rank == 0:
         warn(f"{message}; going on all the same (resume.trust)")
+
+
+def take_weights(
+    weights: Path, fragments: Iterable[Fragment], *, run: RunConfig, tokenizer: str, group: dist.ProcessGroup
+) -> Path:
+    """Fill the weights of a run that begins from those of another one; its moments stay as they are.
+
+    What routers keep beside their weights is taken too, where the other has it.
+
+    Args:
+        weights: directory of a run or of a checkpoint (``init.weights``).
+        fragments: this rank's.
+        tokenizer: fingerprint of this run's.
+        group: all ranks, on a backend that moves host memory.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank; there is none, it is another model's, or another tokenizer's.
+    """
+    # one rank reads and digests for all
+    answer: list[Any] = [None, ""]
+    if dist.get_rank(group) == 0:
+        try:
+            answer[0] = _start(weights, run=run, tokenizer=tokenizer)
+        except CheckpointError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1]:
+        raise CheckpointError(answer[1])
+    directory: Path = answer[0]
+    there = read_index(directory).state_dict_metadata
+    wanted = [each for each in fragments
+              if each.name.endswith("/fp32") or (each.name.endswith("/state") and each.name in there)]  # fmt: skip
+    load(directory, wanted, group=group)
+    return directory
+
+
+def _start(weights: Path, *, run: RunConfig, tokenizer: str) -> Path:
+    told: list[str] = []
+    if (weights / store.MANIFEST).is_file():
+        found: Found | None = (weights, store.verify(weights))
+    else:
+        found = newest_whole(weights / "checkpoints", warn=told.append)
+    if found is None:
+        raise CheckpointError(
+            f"init.weights is {weights}, but has no whole checkpoint{''.join(f'; {t}' for t in told)}"
+        )
+    directory, manifest = found
+    if problems := store.not_a_start(manifest, run=run, tokenizer=tokenizer):
+        raise CheckpointError(f"the run cannot begin from {directory}: {'; '.join(problems)}")
+    return directory

@@ -21,7 +21,7 @@ from typing import Any
 
 from moetrain.checkpoint.certificate import Certificate
 from moetrain.config.freeze import freeze
-from moetrain.config.identity import differences, is_fixed
+from moetrain.config.identity import differences, is_fixed, unlike
 from moetrain.config.schema import CheckpointConfig, RunConfig
 from moetrain.errors import CheckpointError
 
@@ -197,6 +197,18 @@ def foreign(manifest: Manifest, *, run: RunConfig, data: dict[str, str]) -> str:
         return f"was trained on other data: {', '.join(other)} has changed since"
     changed = differences(freeze(manifest.run), run)
     return "; ".join(f"has {name} {old!r}, the run {new!r}" for name, (old, new) in changed.items() if is_fixed(name))
+
+
+def not_a_start(manifest: Manifest, *, run: RunConfig, tokenizer: str) -> list[str]:
+    """Why a run cannot begin from the weights of a checkpoint, a sentence each.
+
+    Args:
+        tokenizer: fingerprint of the run's.
+    """
+    problems = unlike(freeze(manifest.run), run)
+    if manifest.data.get("tokenizer", tokenizer) != tokenizer:
+        problems.append("data.tokenizer is another than that of init.weights: set it to the tokenizer.json there")
+    return problems
 
 
 def check_file(directory: Path, expected: FileDigest, *, digest: bool = True) -> None:

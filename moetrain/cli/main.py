@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import keyword
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ class Verb(NamedTuple):
     def load(self, name: str) -> tuple[Callable[[Sequence[str]], int], str]:
         """The function, and its help."""
         module = importlib.import_module(f"moetrain.cli.{self.module}")
-        return getattr(module, name), module.HELP[name]
+        # "import" is no name of a function
+        return getattr(module, f"{name}_" if keyword.iskeyword(name) else name), module.HELP[name]
 
 
 VERBS = {
@@ -34,6 +36,10 @@ VERBS = {
     "config": Verb("running.train", "show every setting of a run, and where each comes from", presets=True),
     "plan": Verb("before.plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
     "data": Verb("before.data", "show what a step reads"),
+    "export": Verb("results.hub", "write a trained model for transformers"),
+    "import": Verb("results.hub", "bring a model of transformers here, to train on"),
+    "evaluate": Verb("results.evaluate", "held-out loss and experts by source, tasks of the harness"),
+    "surgery": Verb("results.surgery", "a dense model to a sparse one, more experts, fewer"),
     "sample": Verb("results.model", "let a trained model write"),
     "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),

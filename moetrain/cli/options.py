@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moetrain.errors import ConfigError
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from moetrain.compose import Composed
     from moetrain.config.schema import RunConfig
     from moetrain.data.build import Corpus
+
+Section = TypeVar("Section")
 
 
 class Options:
@@ -155,3 +158,44 @@ def own_words(words: Sequence[str], *, defaults: dict[str, Any]) -> tuple[dict[s
     if problems:
         raise ConfigError(problems)
     return own, rest
+
+
+def paths_and_settings(
+    words: Sequence[str], section: type[Section], *, paths: Sequence[str]
+) -> tuple[list[Path], Section]:
+    """What follows a verb that takes paths and settings of its own, a dataclass.
+
+    Args:
+        section: the settings; none of the numbers may be below 0, and a list is given word by word.
+        paths: what each path is, in words.
+
+    Raises:
+        ConfigError: another number of paths, or settings that are not there or of another type.
+    """
+    from moetrain.config.freeze import freeze_section
+
+    hints = typing.get_type_hints(section)
+    texts = {name for name, hint in hints.items() if str in (typing.get_args(hint) or (hint,))}
+    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
+    given: dict[str, Any] = {}
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key.isidentifier() and not Path(word).exists():
+            if key in lists:
+                given.setdefault(key, []).append(value)
+                continue
+            truth = {"true": True, "false": False, "null": None}
+            given[key] = value if key in texts and value != "null" else truth.get(value.lower(), number(value))
+        elif word.startswith("-"):
+            raise ConfigError([f"{word} is not an option: see --help"])
+        else:
+            found.append(Path(word))
+    if len(found) != len(paths):
+        raise ConfigError([f"{len(found)} paths are given, but it takes {len(paths)} ({', '.join(paths)}): see --help"])
+    wanted = freeze_section(section, given)
+    problems = [f"{name} is {value:,}, but must be at least 0" for name, value in vars(wanted).items()
+                if type(value) in (int, float) and not value >= 0]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+    return found, wanted

@@ -13,8 +13,8 @@ from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, RunConfi
 from moetrain.errors import ConfigError
 
 CHOICES = {
-    "model.activation": ("swiglu", "geglu", "gelu", "relu"),
-    "model.moe.activation": ("swiglu", "geglu", "gelu", "relu"),
+    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    "model.moe.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
     "model.moe.router": tuple(ROUTERS),
     "model.moe.gate": ("sigmoid", "softmax"),
     "model.moe.hash_table": ("balanced", "random"),
@@ -23,6 +23,7 @@ CHOICES = {
     "model.moe.drop": ("position", "probability"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rope", "learned"),
+    "model.qk_norm": ("head", "all"),
     "model.dtype": ("fp32", "bf16"),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "prepare.duplicates": ("keep", "exact", "near"),
@@ -33,6 +34,8 @@ CHOICES = {
     "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.recompute": ("none", "selective", "full"),
 }
+PARTS = ("router", "experts", "dense")
+"""Of a model, for learning rates and freezing."""
 POSITIVE = (
     "model.vocab_size", "model.context", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",
     "model.d_head", "model.d_ff", "model.norm_eps", "model.rope_theta", "model.init_std", "model.moe.num_experts",
@@ -41,6 +44,7 @@ POSITIVE = (
     "model.moe.evaluation_capacity_factor", "model.moe.min_capacity", "batch.global_batch", "batch.micro_batch",
     "batch.sequence_length", "data.temperature", "data.max_epochs", "data.stream_block",
     "data.stream_window",
+    "optim.router_lr_ratio", "optim.experts_lr_ratio",
     "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
@@ -95,7 +99,7 @@ def check(run: RunConfig, flat: dict[str, object]) -> None:
     # rules across fields divide by numbers: they wait until each number by itself is sound
     if not problems:
         problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run),
-                     *_retention(run)]  # fmt: skip
+                     *_retention(run), *_freeze(run)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
 
@@ -178,6 +182,16 @@ def _is_positive(value: float) -> bool:
 
 def _is_not_negative(value: float) -> bool:
     return 0 <= value < math.inf
+
+
+def _freeze(run: RunConfig) -> Iterator[str]:
+    for part in run.optim.freeze:
+        if part not in PARTS:
+            yield f"optim.freeze names {part!r}, but a model has {', '.join(PARTS)}"
+    if run.model.moe is None and run.optim.freeze:
+        yield f"optim.freeze is {run.optim.freeze}, but the model is dense, and nothing would be left: set it to []"
+    elif set(PARTS) <= set(run.optim.freeze):
+        yield "optim.freeze names every part of the model, but something must learn: leave one out"
 
 
 def _model(model: ModelConfig) -> Iterator[str]:

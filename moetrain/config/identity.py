@@ -19,7 +19,7 @@ from typing import Any
 
 from moetrain.config.data import DataConfig
 from moetrain.config.freeze import flatten, to_dict
-from moetrain.config.schema import RunConfig
+from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.errors import ConfigError
 
 ORIGIN_FILE = "origin.json"
@@ -27,7 +27,7 @@ _PACKAGES = ("moetrain", "torch", "deepspeed", "datasets", "tokenizers", "hydra-
 
 # What the weights, their names and the order of the data depend on. The rest (layout, length, learning rate, logging)
 # may change between two starts of one run.
-_FIXED = ("seed", "model.", "data.", "prepare.", "batch.global_batch", "batch.sequence_length")
+_FIXED = ("seed", "init.", "model.", "data.", "prepare.", "batch.global_batch", "batch.sequence_length")
 _FREE = ("model.dtype", "data.name", "data.prepared", "prepare.workers", "prepare.fast_encoder")
 
 
@@ -53,6 +53,37 @@ def is_fixed(name: str) -> bool:
     return name.startswith(_FIXED) and name not in _FREE and not is_place
 
 
+def unlike(source: RunConfig, run: RunConfig) -> list[str]:
+    """Settings by which the weights of one model are none of the other's, a sentence each."""
+    theirs, own = _shape(source.model), _shape(run.model)
+    return [f"{name} is {_shown(own.get(name))}, but {_shown(theirs.get(name))} in init.weights"
+            for name in dict.fromkeys([*own, *theirs]) if own.get(name) != theirs.get(name)]  # fmt: skip
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    """What the weights are made for, with what follows from the rest filled in; not how they are trained."""
+    names = ("vocab_size", "num_layers", "d_model", "num_heads", "norm", "positions",
+             "rope_theta", "qk_norm", "bias", "tie_embeddings")  # fmt: skip
+    shape = {f"model.{name}": getattr(model, name) for name in names}
+    shape["model.num_kv_heads"] = model.num_kv_heads or model.num_heads
+    shape["model.d_head"] = model.d_head or model.d_model // model.num_heads
+    if model.positions == "learned":
+        shape["model.context"] = model.context
+    moe = model.moe
+    if moe is None or moe.every > 1:
+        shape |= {"model.d_ff": model.d_ff, "model.activation": model.activation}
+    if moe is None:
+        return shape | {"model.moe": None}
+    for name in ("num_experts", "top_k", "every", "num_shared_experts", "shared_gate"):
+        shape[f"model.moe.{name}"] = getattr(moe, name)
+    return shape | {"model.moe.d_expert": moe.d_expert or model.d_ff,
+                    "model.moe.activation": moe.activation or model.activation}  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def training_digest(run: RunConfig) -> str:
     """Digest of all that decides what a run learns, except its sparse blocks and its layout.
 
@@ -65,6 +96,13 @@ def training_digest(run: RunConfig) -> str:
     for name in ("workers", "fast_encoder"):
         settings["prepare"].pop(name)
     kept = {key: settings[key] for key in ("seed", "model", "data", "prepare", "batch", "optim", "schedule")}
+    # settings that came later count where they are used
+    kept["model"] = {name: value for name, value in kept["model"].items() if name != "qk_norm" or value is not None}
+    later = {"router_lr_ratio": 1.0, "experts_lr_ratio": 1.0, "freeze": []}
+    kept["optim"] = {name: value for name, value in kept["optim"].items()
+                     if name not in later or value != later[name]}  # fmt: skip
+    if run.init.weights is not None:
+        kept["init"] = settings["init"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

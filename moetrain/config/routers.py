@@ -39,6 +39,15 @@ Z_WEIGHT = {"top_k": 0.001}
 """Default weight of the z-loss; 0 for the rest."""
 
 
+def sees_others(moe: MoEConfig | None) -> str | None:
+    """Why a token's experts depend, in evaluation, on the tokens beside it; None: they do not."""
+    if moe is not None and moe.router in ("expert_choice", "balanced"):
+        return f"model.moe.router is {moe.router}, which deals the tokens of a pass out among the experts"
+    if moe is not None and moe.evaluation_capacity_factor is not None:
+        return "model.moe.evaluation_capacity_factor is set, so that tokens beside one another take each other's room"
+    return None
+
+
 def resolve_router(moe: MoEConfig) -> MoEConfig:
     """Fill in the chosen router's defaults; settings of other routers stay as they are, for ``broken_rules``."""
     own = ROUTERS.get(moe.router, {})

@@ -25,7 +25,7 @@ class MoEConfig:
     every: int = 1
     """An MoE block in every nth block, the last of each n: 1 = all, 2 = every other (GShard, Switch, GLaM)."""
     activation: str | None = None
-    """Activation inside the experts: swiglu, geglu, gelu or relu. null: model.activation."""
+    """Activation inside the experts: swiglu, geglu, gelu, gelu_tanh or relu. null: model.activation."""
     router: str = "top_k"
     """How a token finds its experts: top_k (Mixtral), switch, gshard, noisy_top_k, expert_choice, sinkhorn, hash,
     sigmoid_bias (loss-free), dense, or balanced (even by force, for benchmarks). docs/routing.md compares them."""
@@ -105,7 +105,8 @@ class ModelConfig:
     d_ff: int = 1024
     """Hidden width of a dense feed-forward block."""
     activation: str = "swiglu"
-    """swiglu or geglu (gated, three matrices; Shazeer 2020, arXiv:2002.05202), gelu or relu (two matrices)."""
+    """swiglu or geglu (gated, three matrices; Shazeer 2020, arXiv:2002.05202), gelu, gelu_tanh (GPT-2's
+    approximation of it) or relu (two matrices)."""
     norm: str = "rmsnorm"
     """rmsnorm or layernorm, before each sublayer and once at the end."""
     norm_eps: float = 1e-5
@@ -114,6 +115,9 @@ class ModelConfig:
     """rope (Su et al. 2021, arXiv:2104.09864) or learned (GPT-2)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    qk_norm: str | None = None
+    """RMSNorm of queries and keys before the rotation: head (of each head by itself, as in Qwen3) or all (of all heads
+    at once, as in OLMoE). null: none."""
     bias: bool = False
     """Biases in the linear maps of attention and dense feed-forward, and in layernorm. Experts and router have none."""
     tie_embeddings: bool = True
@@ -177,6 +181,13 @@ class OptimConfig:
     """Decoupled decay of matrices; norms, biases and embeddings of positions have none."""
     clip: float = 1.0
     """Largest global gradient norm, every expert counted once; 0: no clipping."""
+    router_lr_ratio: float = 1.0
+    """Learning rate of the routers, as a share of lr."""
+    experts_lr_ratio: float = 1.0
+    """Learning rate of the experts, as a share of lr."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that stay as they are, of router, experts and dense (all but these two): [router, experts] freezes the
+    sparse blocks, [dense] all but them (Shen et al. 2023, arXiv:2305.14705, compares what to freeze)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +270,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a run starts from, where it has no checkpoint of its own."""
+
+    weights: str | None = None
+    """Directory of a run (for its newest whole checkpoint) or of a checkpoint, whose weights this run starts from; the
+    optimizer starts anew. null: weights drawn from the seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
     """Going on from a checkpoint."""
 
@@ -311,6 +331,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -322,13 +343,21 @@ class SampleConfig:
 
     run_dir: str = "runs/tiny"
     """A run with a checkpoint."""
-    prompt: str = ""
-    """Text to go on from; empty: a new document."""
+    prompt: list[str] = field(default_factory=lambda: [""])
+    """Text to go on from, once or several times; empty: a new document."""
     max_tokens: int = 120
     """Tokens to write at most."""
     temperature: float = 0.8
     """Divides the scores; 0: always the likeliest token."""
     top_k: int = 50
     """Draw among this many likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest that hold this share of the probability, in (0, 1]."""
     seed: int = 0
-    """Another seed, another text."""
+    """Another seed, another text. The second of several prompts has the next seed, and so on."""
+    stop: list[str] = field(default_factory=list)
+    """Texts before which it ends, once or several times; a line break is written \\n."""
+    colour: str = "none"
+    """none, or experts: each token in the colour of the expert that it chose first."""
+    layer: int | None = None
+    """colour=experts: number of the MoE block, from 0. null: the one in the middle."""

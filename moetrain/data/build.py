@@ -110,6 +110,18 @@ class Corpus:
             )
         return found
 
+    def training(self) -> dict[str, HeldOutText]:
+        """The training text of each source, in the order in which it lies."""
+        found = {}
+        for name, part in self.parts.items():
+            counted = self.counted.get(name)
+            found[name] = HeldOutText(
+                tokens=part.train.tokens,
+                num_bytes=part.train.num_bytes,
+                counted=None if counted is None else counted.train,
+            )
+        return found
+
     def packing(self, data: DataConfig) -> Packing:
         """What documents in one sequence see of each other."""
         return Packing(

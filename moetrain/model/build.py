@@ -63,6 +63,8 @@ def build_model(
             num_kv_heads=model.num_kv_heads or model.num_heads,
             d_head=model.d_head or model.d_model // model.num_heads,
             bias=model.bias,
+            qk_norm=model.qk_norm,
+            eps=model.norm_eps,
         )
         norms = (_norm(model), _norm(model))
         blocks.append(Block(attention, feed_forward=feed_forward, norms=norms, recompute=how))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moetrain.model.attention import Attention, Rotation, document_mask, rotation
+from moetrain.model.attention import Attention, KeyValues, Rotation, document_mask, rotation
 from moetrain.model.ffn import FeedForward
 from moetrain.model.recompute import Recompute
 from moetrain.moe.layer import MoELayer, MoEOutput
@@ -64,6 +64,7 @@ class Block(nn.Module):
         token_BS: Tensor,
         mask: Tensor | None = None,
         replay: Choice | None = None,
+        past: KeyValues | None = None,
     ) -> BlockOutput:
         """Args:
         x_BSD: the residual stream.
@@ -71,12 +72,13 @@ class Block(nn.Module):
         mask: what attention may see (``attention.document_mask``); None: all that came before.
         token_BS: ids.
         replay: the choice of the router in an earlier pass, to be repeated; None: it chooses.
+        past: as ``Attention.forward``.
         """
         choice = replay
 
         def whole(x_BSD: Tensor) -> BlockOutput:
             nonlocal choice
-            halfway = self.recompute.attention(self._attend, x_BSD, turn, mask)
+            halfway = self.recompute.attention(self._attend, x_BSD, turn, mask, past)
             if not isinstance(self.feed_forward, MoELayer):
                 return BlockOutput(halfway.x_BSD + self.recompute.dense(self.feed_forward, halfway.normed_BSD), None)
             answer: MoEOutput = self.feed_forward(halfway.normed_BSD, token_BS, choice)
@@ -87,8 +89,8 @@ class Block(nn.Module):
         output: BlockOutput = self.recompute.block(whole, x_BSD)
         return output
 
-    def _attend(self, x_BSD: Tensor, turn: Rotation | None, mask: Tensor | None) -> _Halfway:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn=turn, mask=mask)
+    def _attend(self, x_BSD: Tensor, turn: Rotation | None, mask: Tensor | None, past: KeyValues | None) -> _Halfway:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn=turn, mask=mask, past=past)
         return _Halfway(x_BSD, self.feed_forward_norm(x_BSD))
 
 
@@ -152,6 +154,8 @@ class GPT(nn.Module):
         *,
         document_BS: Tensor | None = None,
         position_BS: Tensor | None = None,
+        past: Sequence[KeyValues] | None = None,
+        mask: Tensor | None = None,
     ) -> GPTOutput:
         """Args:
         token_BS: ids.
@@ -159,6 +163,9 @@ class GPT(nn.Module):
             every token sees all before it.
         position_BS: of each token; None: they count from the start of the sequence.
         replay: the choice of each MoE block in an earlier pass, to be repeated; None: the routers choose.
+        past: of each block, what it has read of these sequences before; None: they begin here. With it belong
+            ``position_BS`` and ``mask``.
+        mask: instead of that of ``document_BS``, which new token sees which of all, [B, 1, S, all].
         """
         x = self.embedding(token_BS)
         position = torch.arange(token_BS.shape[1], device=token_BS.device) if position_BS is None else position_BS
@@ -167,16 +174,29 @@ class GPT(nn.Module):
             x = x + self.positions(position)
         if self.rope_theta is not None:
             turn = rotation(position, d_head=self.blocks[0].attention.d_head, theta=self.rope_theta)
-        mask = None if document_BS is None else document_mask(document_BS)
+        if document_BS is not None:
+            mask = document_mask(document_BS)
         moe: list[MoEOutput] = []
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             repeats = replay is not None and isinstance(block.feed_forward, MoELayer)
-            output = block(x, turn=turn, token_BS=token_BS, mask=mask, replay=replay[len(moe)] if repeats else None)
+            output = block(
+                x,
+                turn=turn,
+                token_BS=token_BS,
+                mask=mask,
+                replay=replay[len(moe)] if repeats else None,
+                past=None if past is None else past[index],
+            )
             x = output.hidden_BSD
             if output.moe is not None:
                 moe.append(output.moe)
         head = self.embedding if self.head is None else self.head
         return GPTOutput(logit_BSV=head(self.norm(x)), moe=moe)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.embedding.weight.device
 
     def moe_state(self) -> dict[str, Tensor]:
         """State of the MoE blocks that no optimizer holds, by global name; the same on every rank."""

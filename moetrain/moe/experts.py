@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,12 @@ _aten = torch.ops.aten
 # the function, and its gradient written into a given place
 _SILU = (F.silu, lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out))
 _GELU = (F.gelu, lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate="none", grad_input=out))
+_GELU_TANH = (
+    partial(F.gelu, approximate="tanh"),
+    lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out),
+)
 _RELU = (F.relu, lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out))
-ACTIVATIONS = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU}
+ACTIVATIONS = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu": _RELU}
 GATED = ("swiglu", "geglu")
 BLOCK_ROWS = 1024
 """Rows of an expert computed at a time on CPU: what lies between its maps stays in the cache, and one that gets all the

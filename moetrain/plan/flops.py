@@ -39,7 +39,7 @@ class ParameterCount:
     shared_experts: int
     """Experts that every token visits, with their gates, over all MoE blocks."""
     norm: int
-    """Two norms in each block and one at the end."""
+    """Two norms in each block and one at the end, and those of queries and keys."""
     output: int
     """Output layer, D x V; 0 when it shares the embedding's weights."""
 
@@ -91,7 +91,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         experts=sparse_blocks * num_experts * expert,
         active_experts=sparse_blocks * chosen * expert,
         shared_experts=sparse_blocks * shared,
-        norm=(2 * model.num_layers + 1) * norm,
+        norm=(2 * model.num_layers + 1) * norm + model.num_layers * _qk_norm(model),
         output=0 if model.tie_embeddings else embedding,
     )
 
@@ -149,6 +149,11 @@ def _linear(inputs: int, outputs: int, *, bias: bool) -> int:
 
 def _ffn_weights(d_model: int, hidden: int, *, activation: str) -> int:
     return (3 if activation in GATED else 2) * d_model * hidden
+
+
+def _qk_norm(model: ModelConfig) -> int:
+    heads = {None: 0, "head": 2, "all": model.num_heads + (model.num_kv_heads or model.num_heads)}[model.qk_norm]
+    return heads * _head_width(model)
 
 
 def _dense_ffn(model: ModelConfig) -> int:

@@ -360,7 +360,13 @@ def _attention(model: ModelConfig, *, device: str) -> float:
     turned = query + key if model.positions == "rope" else 0
     # on a CPU, from turned heads, the answers come in an order that the next map takes as a copy
     answers = query * (2 if device == "cpu" and turned else 1)
-    return 2 * _norm(model, device=device) + width * (model.d_model + heads + turned + answers) + 4.0 * model.num_heads
+    normed = 0.0
+    if model.qk_norm is not None:
+        # as for the other norms; in fp32 the input is the output of the first map, which is there anyway
+        normed = (query + key) * ((4.0 if width == 4 else 8.0) if device == "cpu" else float(width))
+        normed += 0 if turned else width * (query + key)
+    kept = model.d_model + heads + turned + answers
+    return 2 * _norm(model, device=device) + normed + width * kept + 4.0 * model.num_heads
 
 
 def _hidden(model: ModelConfig, width: int, activation: str) -> float:

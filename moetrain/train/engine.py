@@ -7,7 +7,7 @@ on here, from outside, so that the layers know nothing of it (``adopt_experts``)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Engine:
         config: from ``config.deepspeed.deepspeed_config``.
         optimizer: keyword arguments of AdamW: lr, betas, eps, weight_decay.
         clip: largest global gradient norm; 0: none.
+        rates: of ``router``, ``experts`` and ``dense``, the learning rate as a share of ``step``'s; 0 freezes a part:
+            its gradients are 0, for the norm too. None: all 1.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Engine:
         config: dict[str, Any],
         optimizer: dict[str, Any],
         clip: float,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         deepspeed = _import_deepspeed()
         self._groups, self._clip = groups, clip
@@ -55,7 +58,9 @@ class Engine:
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
         if self._stage == 3:
             _leave_out_of_hooks(self.gpt)
-        adamw = torch.optim.AdamW(_parameter_groups(self.gpt, **optimizer), fused=True)
+        rates = dict(rates or {})
+        _freeze(self.gpt, rates)
+        adamw = torch.optim.AdamW(_parameter_groups(self.gpt, rates=rates, **optimizer), fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=_Root(objective), optimizer=adamw, config=config, dist_init_required=False
         )
@@ -91,7 +96,7 @@ class Engine:
             TrainingError: the norm is not a finite number.
         """
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         norm = self._clip_ourselves() if self._stage == 0 else None
         self._engine.step()
         if self._count_LE is not None:
@@ -233,17 +238,36 @@ def _is_expert(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def _parameter_groups(gpt: nn.Module, *, weight_decay: float, **adamw: Any) -> list[dict[str, Any]]:
-    """Decayed matrices, undecayed vectors and positions, and the experts by themselves, as DeepSpeed wants them."""
+def part_of(name: str) -> str:
+    """router, experts or dense, by the global name of a parameter."""
+    return next((part for part in ("router", "experts") if f".{part}." in name), "dense")
+
+
+def _freeze(gpt: nn.Module, rates: Mapping[str, float]) -> None:
+    """Gradients of 0 rather than none: the engine waits for every gradient, and a checkpoint holds every weight."""
+    for name, parameter in gpt.named_parameters():
+        if rates.get(part_of(name), 1.0) == 0:
+            parameter.register_hook(torch.zeros_like)
+
+
+def _parameter_groups(
+    gpt: nn.Module, *, weight_decay: float, rates: Mapping[str, float] | None = None, **adamw: Any
+) -> list[dict[str, Any]]:
+    """Decayed matrices, undecayed vectors and positions, and the experts by themselves, as DeepSpeed wants them; each
+    cut further where parts of the model have rates of their own."""
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    decayed, plain = [], []
+    sorted_out: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in gpt.named_parameters():
-        (decayed if parameter.dim() > 1 and not name.startswith("positions.") else plain).append(parameter)
+        is_decayed = parameter.dim() > 1 and not name.startswith("positions.")
+        rate = (rates or {}).get(part_of(name), 1.0)
+        sorted_out.setdefault((is_decayed, rate), []).append(parameter)
     groups = [
-        {"params": decayed, "name": "decayed", "weight_decay": weight_decay, **adamw},
-        {"params": plain, "name": "not_decayed", "weight_decay": 0.0, **adamw},
-    ]
+        # the names must differ, and are those of old where there is one rate alone
+        {"params": parameters, "name": ("decayed" if is_decayed else "not_decayed") + ("" if rate == 1 else f" {rate}"),
+         "weight_decay": weight_decay if is_decayed and rate else 0.0, "rate": rate, **adamw}
+        for (is_decayed, rate), parameters in sorted(sorted_out.items(), reverse=True, key=lambda each: each[0])
+    ]  # fmt: skip
     split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
 

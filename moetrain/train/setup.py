@@ -13,7 +13,7 @@ from torch import Tensor
 from moetrain.config.checks import in_steps, steps_in_run
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.routers import loss_weights
-from moetrain.config.schema import RunConfig
+from moetrain.config.schema import OptimConfig, RunConfig
 from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch
 from moetrain.data.packing import Packing
 from moetrain.metrics.load import LoadMeter
@@ -84,7 +84,14 @@ def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Cal
         "eps": run.optim.eps,
         "weight_decay": run.optim.weight_decay,
     }
-    return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip)
+    return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip,
+                  rates=learning_rates(run.optim))  # fmt: skip
+
+
+def learning_rates(optim: OptimConfig) -> dict[str, float]:
+    """Part of the model -> its learning rate as a share of the schedule's; 0: it is frozen."""
+    rates = {"router": optim.router_lr_ratio, "experts": optim.experts_lr_ratio, "dense": 1.0}
+    return {part: 0.0 if part in optim.freeze else rate for part, rate in rates.items()}
 
 
 def micro_batches(

@@ -120,7 +120,7 @@ def _run_rank(run: RunConfig, run_dir: Path, *, streamed: Source | None) -> bool
     if state.step < sizes.steps:
         with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=parts.is_first) as bar:
             if resumed_from:
-                bar.say(f"resumed from {resumed_from} at step {state.step:,}")
+                bar.say(f"{'resumed' if state.step else 'weights'} from {resumed_from} at step {state.step:,}")
             _train(parts, state, evaluator=evaluator, stop=stop, record=record, bar=bar)
     finished = state.step >= sizes.steps
     if finished:
@@ -242,6 +242,11 @@ def _restore(parts: Parts) -> tuple[TrainState, str]:
     run, control = parts.run, parts.groups.control
     root = parts.run_dir / "checkpoints"
     found = resume.find(root, run=run, data=parts.corpus.digests(), group=control, warn=warn)
+    if found is None and run.init.weights is not None:
+        source = resume.take_weights(Path(run.init.weights), parts.engine.fragments(), run=run, group=control,
+                                     tokenizer=parts.corpus.digests()["tokenizer"])  # fmt: skip
+        parts.engine.loaded(step=0)
+        return TrainState(), str(source)
     if found is None:
         return TrainState(), ""
     directory, manifest = found

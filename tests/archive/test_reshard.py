@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.archive import reshard as reshard_module
 from moetrain.archive import stored as stored_module
 from moetrain.archive.doctor import examine
 from moetrain.archive.expected import expected_tensors
@@ -35,8 +34,7 @@ def load_whole(directory: Path, names: list[str], *, source: Path) -> dict[str, 
 @pytest.mark.parametrize("files", [1, 3, 1000])
 @pytest.mark.parametrize("block", [1 << 22, 1000])
 def test_the_same_tensors_lie_in_other_files(source, tmp_path, monkeypatch, files, block):
-    for module in (stored_module, reshard_module):
-        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(stored_module, "BLOCK", block)
     made = reshard(source, tmp_path / "new", files=files, moments=True)
     assert made == tmp_path / "new" / source.name
     assert all(each.equal for each in compare(Stored(source), Stored(made)))

@@ -407,3 +407,17 @@ def test_steps_are_taken_as_they_are():
 
 def test_a_password_is_not_repeated():
     assert "hunter2" not in str(problems({"checkpoint.remote": "s3://me:hunter2@bucket/runs/a"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"optim.freeze": ["gate", "router"]}, "optim.freeze names 'gate', but a model has router, experts, dense"),
+        (DENSE | {"optim.freeze": ["experts"]}, "but the model is dense, and nothing would be left"),
+        ({"optim.freeze": ["dense", "experts", "router"]}, "optim.freeze names every part of the model"),
+    ],
+)
+def test_what_is_frozen_is_there_and_leaves_something(settings, told):
+    (problem,) = problems(settings)
+    assert told in problem
+    check_settings({"optim.freeze": ["dense"]})

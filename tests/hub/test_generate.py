@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 
 from moetrain.checkpoint import state, store
 from moetrain.config.freeze import freeze, to_dict, write_run
+from moetrain.config.routers import sees_others
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.data.tokenizer import end_of_text, train_tokenizer
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.hub.generate import generate, load_model
+from moetrain.hub.generate import Sampling, Written, generate, load_model
 from moetrain.model.build import build_model, initialize
 from moetrain.model.gpt import GPT, GPTOutput
 
@@ -46,6 +47,7 @@ class Scripted:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids, self.asked = list(ids), []
+        self.device = torch.device("cpu")
 
     def __call__(self, token_BS: torch.Tensor) -> GPTOutput:
         self.asked.append(token_BS[0].tolist())
@@ -55,8 +57,18 @@ class Scripted:
 
 
 def pieces(gpt: Any, tokenizer: Tokenizer, **changed: Any) -> list[str]:
-    wanted = {"prompt": "the", "max_tokens": 30, "temperature": 1.0, "top_k": 0, "seed": 0, "context": CONTEXT}
-    return list(generate(gpt, tokenizer, **(wanted | changed)))
+    return [piece.text for piece in written(gpt, tokenizer, **changed)]
+
+
+def written(gpt: Any, tokenizer: Tokenizer, **changed: Any) -> list[Written]:
+    given = {"prompt": "the", "context": CONTEXT, "cache": isinstance(gpt, GPT), "watch": None}
+    given |= {"max_tokens": 30, "temperature": 1.0, "top_k": 0, "seed": 0}
+    given |= changed
+    names = ("prompt", "context", "cache", "watch")
+    prompt, context, cache, watch = (given.pop(name) for name in names)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    return list(generate(gpt, tokenizer, prompts, sampling=Sampling(**given), context=context, cache=cache,
+                         watch=watch))  # fmt: skip
 
 
 def bytes_as_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -191,6 +203,133 @@ def test_a_prompt_that_spells_the_end_of_text_is_text(tokenizer):
     model = Scripted(bytes_as_ids(tokenizer, "x"))
     pieces(model, tokenizer, prompt="<|endoftext|>", temperature=0.0, max_tokens=1, context=100)
     assert model.asked[0].count(end_of_text(tokenizer)) == 1
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "top_k": {}, "gshard": {}, "noisy_top_k": {}, "sinkhorn": {"allow_noncausal": True}, "sigmoid_bias": {},
+    "switch": {"top_k": 1}, "hash": {"top_k": 1}, "dense": {"top_k": 3},
+    "top_k with dropped copies in training": {"router": "top_k", "capacity_factor": 1.0},
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped queries": {"num_heads": 4, "num_kv_heads": 2, "moe": None},
+    "learned positions": {"positions": "learned", "norm": "layernorm", "bias": True, "moe": None},
+    "norms of queries and keys": {"qk_norm": "head", "moe": None},
+    "norms of all queries and keys": {"qk_norm": "all", "num_kv_heads": 1, "moe": None},
+}
+MODELS = {
+    **{name: replace(MODEL, moe=replace(MODEL.moe, **({"router": name} | own))) for name, own in ROUTERS.items()},
+    **{name: replace(MODEL, **changed) for name, changed in VARIANTS.items()},
+}
+
+
+def model_of(kind: str) -> GPT:
+    model = MODELS[kind]
+    assert sees_others(model.moe) is None
+    gpt = build_model(model, expert_V=torch.arange(model.vocab_size) % 3)
+    initialize(gpt, init_std=MODEL.init_std, seed=2)
+    return gpt.eval()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_cache_changes_no_token(kind, tokenizer):
+    """Also past the context, where there is nothing to keep."""
+    gpt, prompts = model_of(kind), ["the state", "", "the state of the union"]
+    how = {"prompt": prompts, "max_tokens": 20, "temperature": 0.0}
+    kept = written(gpt, tokenizer, cache=True, **how)
+    assert kept == written(gpt, tokenizer, cache=False, **how)
+    assert len(kept) > 10
+
+
+def test_the_cache_reads_each_token_once(gpt, tokenizer, monkeypatch):
+    asked: list[int] = []
+    real = GPT.forward
+
+    def forward(self: GPT, token_BS: torch.Tensor, *args: Any, **kwargs: Any) -> GPTOutput:
+        asked.append(token_BS.numel())
+        return real(self, token_BS, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    pieces(gpt, tokenizer, prompt="", max_tokens=8, temperature=0.0, context=100)
+    assert asked == [1] * len(asked)
+
+
+def test_several_prompts_get_what_each_gets_alone(gpt, tokenizer):
+    prompts = ["the state of the union is", "", "strong"]
+    together = written(gpt, tokenizer, prompt=prompts, seed=5, max_tokens=9)
+    for number, prompt in enumerate(prompts):
+        alone = "".join(pieces(gpt, tokenizer, prompt=prompt, seed=5 + number, max_tokens=9))
+        assert "".join(piece.text for piece in together if piece.row == number) == alone
+
+
+@pytest.mark.parametrize("stop", [("ef",), ("zz", "def"), ("d", "ef"), ("efgh!", "g", "ef")])
+def test_it_ends_before_a_stop_and_shows_nothing_of_it(tokenizer, stop):
+    ids = bytes_as_ids(tokenizer, "abcdefgh")
+    end = min(at for text in stop if (at := "abcdefgh".find(text)) >= 0)
+    model = Scripted(ids)
+    shown = pieces(model, tokenizer, temperature=0.0, max_tokens=8, stop=stop)
+    assert "".join(shown) == "abcdefgh"[:end]
+
+
+def test_what_only_looked_like_a_stop_is_shown_in_the_end(tokenizer):
+    ids = bytes_as_ids(tokenizer, "abcd")
+    assert "".join(pieces(Scripted(ids), tokenizer, temperature=0.0, max_tokens=4, stop=("de",))) == "abcd"
+    assert pieces(Scripted(ids), tokenizer, temperature=0.0, max_tokens=4, stop=("bx",)) == ["a", "bc", "d"]
+
+
+def test_a_stop_in_the_prompt_stops_nothing(tokenizer):
+    ids = bytes_as_ids(tokenizer, "xyz")
+    assert (
+        "".join(pieces(Scripted(ids), tokenizer, prompt="the", temperature=0.0, max_tokens=3, stop=("the",))) == "xyz"
+    )
+
+
+def test_the_nucleus_holds_its_share_of_the_probability(tokenizer):
+    """Of probabilities 4/7, 2/7 and 1/7 the first two hold 0.8; the first alone holds 0.5."""
+    chosen = bytes_as_ids(tokenizer, "xyz")
+
+    class Three(Scripted):
+        def __call__(self, token_BS: torch.Tensor) -> GPTOutput:
+            logit_BSV = torch.full((1, token_BS.shape[1], MODEL.vocab_size), -1e9)
+            logit_BSV[0, -1, chosen] = torch.tensor([4.0, 2.0, 1.0]).log()
+            return GPTOutput(logit_BSV=logit_BSV, moe=[])
+
+    for top_p, letters in ((1.0, "xyz"), (0.8, "xy"), (0.5, "x"), (1e-9, "x")):
+        assert set("".join(pieces(Three([]), tokenizer, top_p=top_p, max_tokens=60))) == set(letters), top_p
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_each_piece_tells_what_its_token_chose(gpt, tokenizer, layer, cache):
+    got = written(gpt, tokenizer, prompt=["the state", ""], temperature=0.0, max_tokens=6, context=100, watch=layer,
+                  cache=cache)  # fmt: skip
+    assert [(piece.row, piece.text) for piece in sorted(got, key=lambda piece: piece.row)] == [
+        (row, text)
+        for row, prompt in enumerate(["the state", ""])
+        for text in pieces(gpt, tokenizer, prompt=prompt, temperature=0.0, max_tokens=6, context=100)
+    ]
+    text = "".join(piece.text for piece in got if piece.row == 0)
+    ids = [end_of_text(tokenizer), *tokenizer.encode("the state").ids]
+    while len(tokenizer.decode(ids)) < len("the state" + text):
+        with torch.no_grad():
+            ids.append(int(gpt(torch.tensor([ids])).logit_BSV[0, -1, : tokenizer.get_vocab_size()].argmax()))
+    with torch.no_grad():
+        choice = gpt(torch.tensor([ids])).moe[layer].choice.expert_TK
+    pieces_of_first = [piece for piece in got if piece.row == 0]
+    if len(pieces_of_first) == 6:  # each token was a piece
+        assert [piece.experts for piece in pieces_of_first] == [tuple(each) for each in choice[-6:].tolist()]
+    assert all(len(piece.experts) == 2 for piece in got)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"router": "expert_choice", "allow_noncausal": True}, "expert_choice"),
+        ({"router": "balanced"}, "balanced"),
+        ({"evaluation_capacity_factor": 1.0}, "evaluation_capacity_factor"),
+    ],
+)
+def test_where_tokens_depend_on_each_other_there_is_no_cache(changed, reason):
+    assert reason in sees_others(replace(MODEL.moe, **changed))
 
 
 @pytest.fixture

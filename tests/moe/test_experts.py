@@ -87,6 +87,11 @@ def test_grouped_linear_on_a_gpu_is_that_of_the_cpu(name: str, dtype: torch.dtyp
         torch.testing.assert_close(ours.cpu().double(), wanted, **tolerance)
 
 
+def bowed(x: float) -> float:
+    """Hendrycks & Gimpel, section 2: the approximation by tanh."""
+    return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def phi(x: float) -> float:
     return (1 + math.erf(x / math.sqrt(2))) / 2
 
@@ -98,6 +103,7 @@ def phi(x: float) -> float:
         ("swiglu", [3 / (1 + math.exp(-1)), -8 / (1 + math.exp(2)), 2.5 / (1 + math.exp(-0.5))]),
         ("geglu", [3 * phi(1), -8 * phi(-2), 2.5 * phi(0.5)]),
         ("gelu", [phi(1), -2 * phi(-2), 0.5 * phi(0.5), 3 * phi(3), 4 * phi(4), 5 * phi(5)]),
+        ("gelu_tanh", [bowed(h) for h in (1, -2, 0.5, 3, 4, 5)]),
         ("relu", [1, 0, 0.5, 3, 4, 5]),
     ],
 )

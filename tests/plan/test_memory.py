@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "switch, shared": {"moe": SHARED},
     "grouped queries": {"num_kv_heads": 2},
     "wide heads": {"d_head": 32},
+    "qk_norm of each head": {"qk_norm": "head", "num_kv_heads": 2},
+    "qk_norm of all heads": {"qk_norm": "all", "num_kv_heads": 2},
     "gpt2": {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu", "moe": None},
 }
 

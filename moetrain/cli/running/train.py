@@ -53,6 +53,7 @@ def train(words: Sequence[str]) -> int:
     """The verb `train`."""
     options = Options.read(words, flags=("--dry-run",))
     run, _ = settings(options)
+    from moetrain.config.schema import SampleConfig
     from moetrain.report import screen
 
     run_dir = Path(str(run.run_dir))
@@ -81,7 +82,10 @@ def train(words: Sequence[str]) -> int:
                 return STOPPED
         screen.draw(run_dir)
         opening = _opening(run)
-        sample = "".join(write(run_dir=run_dir, prompt=opening)) if screen.is_small(run) else ""
+        sample = ""
+        if screen.is_small(run):
+            _, pieces = write(SampleConfig(run_dir=str(run_dir), prompt=[opening]))
+            sample = "".join(piece.text for piece in pieces)
         screen.last_screen(run, run_dir=run_dir, baselines=_baselines(run), opening=opening, sample=sample)
         _catch_up(remote, run, run_dir)
     return 0
@@ -140,6 +144,7 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     _compare_with_earlier(run, run_dir)
     is_begun = any((run_dir / "checkpoints").glob("step_*/manifest.json"))
     corpus = opening_of(run, run_dir, is_begun=is_begun) if run.data.stream else corpus_of(run)
+    _hold_weights(run, run_dir, tokenizer=corpus.digests()["tokenizer"])
     if not run.data.stream:
         run = replace(run, data=with_prepared(run.data, {name: str(part.directory.resolve()) for name, part in
                                                          corpus.parts.items()}))  # fmt: skip
@@ -154,6 +159,20 @@ def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     if run.data.sources:
         print(mixture_text(usage(run, corpus)))
     return run
+
+
+def _hold_weights(run: RunConfig, run_dir: Path, *, tokenizer: str) -> None:
+    """Hold ``init.weights`` against the settings before anything starts, while the run still begins from there."""
+    from moetrain.checkpoint import store
+
+    if run.init.weights is None or store.whole_checkpoints(run_dir / "checkpoints"):
+        return
+    weights = Path(run.init.weights)
+    whole = [weights] if (weights / store.MANIFEST).is_file() else store.whole_checkpoints(weights / "checkpoints")
+    if not whole:
+        raise CheckpointError(f"init.weights is {weights}, but there is no checkpoint in it: name a run's directory")
+    if problems := store.not_a_start(store.read_manifest(whole[-1]), run=run, tokenizer=tokenizer):
+        raise ConfigError(problems)
 
 
 def _remote(run: RunConfig) -> Remote | None:
