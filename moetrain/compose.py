@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -89,6 +89,31 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     assert isinstance(settings, dict)
     _refuse_unknown_in_files(sources)
     return Composed(settings={str(key): value for key, value in settings.items()}, sources=sources, choices=choices)
+
+
+def values_of(override: str) -> list[str] | None:
+    """What Hydra's multirun makes of an override: ``optim.lr=1,2`` and ``range(…)``, one override for each value.
+
+    Returns:
+        None: it gives one value.
+
+    Raises:
+        ConfigError: it is no override.
+    """
+    (parsed,) = _parse([override])
+    if not parsed.is_discrete_sweep():
+        return None
+    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+
+
+def interval_of(override: str) -> tuple[float, float, bool] | None:
+    """``interval(a, b)`` of an override, and whether it is tagged log: ``optim.lr=tag(log, interval(1e-4, 1e-2))``."""
+    (parsed,) = _parse([override])
+    if not parsed.is_interval_sweep():
+        return None
+    value = parsed.value()
+    assert isinstance(value, IntervalSweep)
+    return float(value.start or 0.0), float(value.end or 0.0), "log" in value.tags
 
 
 def compose_file(

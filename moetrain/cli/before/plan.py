@@ -230,6 +230,10 @@ def _model(options: Options) -> _Model:
 
 
 def _cluster(asked: _Asked, options: Options) -> tuple[Cluster, float]:
+    return cluster_of(asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
+
+
+def cluster_of(name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Cluster, float]:
     """The cluster, and the share of the peak that matrix products reach on it."""
     from moetrain.compose import compose_file
     from moetrain.plan.cluster import read_cluster
@@ -238,7 +242,7 @@ def _cluster(asked: _Asked, options: Options) -> tuple[Cluster, float]:
     def read(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Cluster:
         return read_cluster(compose_file("cluster", name, overrides=overrides, config_dir=config_dir), name=name)
 
-    cluster = read(asked.cluster, asked.cluster_overrides, options.config_dir)
+    cluster = read(name, overrides, config_dir)
     if cluster.efficiency is not None:
         return cluster, cluster.efficiency
     runs = published_runs()
