@@ -5,9 +5,9 @@
     routed      log10 L(N, E) = a log10 N + b log10 Ê + c log10 N log10 Ê + d
                 1/Ê = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max  (Clark et al. 2022, arXiv:2202.01169, equation 1)
 
-Losses are fitted in logs, by Huber's loss (ibid. D.2), from several starts. Intervals: bootstrap of the residuals, which
-are enlarged for the degrees of freedom that the fit has used and, as with few points a normal distribution is too
-narrow, by the quantile of Student's t.
+Losses are fitted in logs, by Huber's loss (Hoffmann et al., D.2), from several starts. Intervals: bootstrap of the
+residuals, each divided by 1 - its leverage, as the fit has come nearer to a point than to one more of its kind (HC3 of
+MacKinnon & White 1985), and enlarged by the quantile of Student's t over the normal one's, as the points are few.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,17 +124,18 @@ def fit(
     given = {name: np.asarray(inputs[name], dtype=np.float64) for name in law.inputs}
     log_loss = np.log(np.asarray(loss, dtype=np.float64))
     _refuse_too_few(law, given, len(log_loss))
-    theta = _best(law, given, log_loss)
+    theta, jacobian = _best(law, given, log_loss)
     left = log_loss - law.log_loss(theta, given)
     freedom = len(log_loss) - len(law.coefficients)
     tail = (1 + level) / 2
-    larger = math.sqrt(len(log_loss) / freedom) * float(t.ppf(tail, freedom) / norm.ppf(tail))
-    residuals = (left - np.mean(left)) * larger
+    leverage = np.einsum("ij,ji->i", jacobian, np.linalg.pinv(jacobian))
+    residuals = left / np.maximum(1 - leverage, 0.1)
+    residuals = (residuals - np.mean(residuals)) * float(t.ppf(tail, freedom) / norm.ppf(tail))
     generator = np.random.default_rng(seed)
     fitted, scale = log_loss - left, _scale(left)
     samples = np.array(
         [
-            _solve(law, given, fitted + generator.choice(residuals, size=len(fitted)), start=theta, scale=scale)[0]
+            _solve(law, given, fitted + generator.choice(residuals, size=len(fitted)), start=theta, scale=scale).x
             for _ in range(resamples)
         ]
     )
@@ -166,21 +168,23 @@ def _rounded(values: Array) -> Array:
     return np.round(np.log(values) / 0.05)
 
 
-def _best(law: Law, inputs: Inputs, log_loss: Array) -> Array:
-    """From several starts; then once more, with Huber's turn where the noise of the first fit puts it."""
-    # the median of what a straight line in logs leaves is a first idea of the noise
+def _best(law: Law, inputs: Inputs, log_loss: Array) -> tuple[Array, Array]:
+    """From several starts; then once more, with Huber's turn where the noise of the first fit puts it.
+
+    Returns:
+        The coefficients, and the derivatives [points][coefficients] there.
+    """
     tried = [_solve(law, inputs, log_loss, start=start, scale=0.01) for start in law.starts(inputs, log_loss)]
-    theta = min(tried, key=lambda found: found[1])[0]
-    scale = _scale(log_loss - law.log_loss(theta, inputs))
-    return _solve(law, inputs, log_loss, start=theta, scale=scale)[0]
+    first = min(tried, key=lambda found: float(found.cost)).x
+    scale = _scale(log_loss - law.log_loss(first, inputs))
+    found = _solve(law, inputs, log_loss, start=first, scale=scale)
+    return found.x, found.jac
 
 
-def _solve(
-    law: Law, inputs: Inputs, log_loss: Array, *, start: Sequence[float] | Array, scale: float
-) -> tuple[Array, float]:
+def _solve(law: Law, inputs: Inputs, log_loss: Array, *, start: Sequence[float] | Array, scale: float) -> Any:
     low, high = np.array(law.bounds[0]), np.array(law.bounds[1])
     inside = np.clip(np.asarray(start, dtype=np.float64), low + 1e-9, high - 1e-9)
-    found = least_squares(
+    return least_squares(
         lambda theta: law.log_loss(theta, inputs) - log_loss,
         inside,
         bounds=(low, high),
@@ -189,7 +193,6 @@ def _solve(
         x_scale="jac",
         max_nfev=400,
     )
-    return found.x, float(found.cost)
 
 
 def _scale(residuals: Array) -> float:
@@ -201,7 +204,7 @@ def _tails(level: float) -> list[float]:
     return [(1 - level) / 2, (1 + level) / 2]
 
 
-# -- the forms. Inputs are scaled by constants of the size of the field's runs, so that coefficients are near 1. ---------
+# The forms. Inputs are scaled by constants of the size of the field's runs, so that coefficients are near 1.
 
 _C0, _N0, _D0 = 1e18, 1e8, 1e9
 

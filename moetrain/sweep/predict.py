@@ -39,9 +39,7 @@ class Refusal:
     reasons: list[str]
 
 
-def predict(
-    fit: Fit, at: Mapping[str, float], *, reach: float = REACH, widest: float = WIDEST
-) -> Prediction | Refusal:
+def predict(fit: Fit, at: Mapping[str, float], *, reach: float = REACH, widest: float = WIDEST) -> Prediction | Refusal:
     """The loss of one more run at ``at``, with its interval; or every reason why the fit does not tell it.
 
     Args:
