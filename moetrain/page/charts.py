@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+HEAT = ("#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b")
+"""From low over fair to high: red and blue of equal strength (ColorBrewer's RdBu)."""
 PALETTE = ("#3b78c4", "#e0812b", "#3d9a50", "#a05fc0", "#c94f4f", "#2aa3a3", "#b0892f", "#7a7f87")
 """Told apart on light and on dark ground, and by most people who see fewer colours."""
 
@@ -46,6 +48,8 @@ class Chart:
     series: Sequence[Series]
     log_x: bool = False
     log_y: bool = False
+    ticks: Sequence[float] | None = None
+    """Where the x axis has its marks; None: anywhere."""
     categories: Sequence[str] | None = None
     """Places of an x axis that has no numbers, in their order."""
     zero: bool = False

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: Plotly's script, figures, tables, both themes. It asks no network for anything."""
+"""One HTML file with everything in it: Plotly's script, figures, tables, both themes. It needs no network."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _picture(part: Chart | HeatMap, figures: dict[str, Any]) -> str:
         for place, choice in enumerate(choices)
     )
     over = f'<div class="choices" role="group" aria-label="over">{buttons}</div>' if choices else ""
-    return f'<figure><h3>{html.escape(part.title)}</h3>{over}<div class="plot" id="{name}"></div>{note}</figure>'
+    return f'<figure><h3>{html.escape(part.title)}</h3>{over}<div class="plot" id="plot-{name}"></div>{note}</figure>'
 
 
 def _table(table: Table) -> str:

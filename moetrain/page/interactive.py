@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.page.charts import PALETTE, Chart, HeatMap, Series
+from moetrain.page.charts import HEAT, PALETTE, Chart, HeatMap, Series
 
 _MARGIN = {"l": 64, "r": 16, "t": 16, "b": 52}
 
@@ -31,7 +31,9 @@ def _lines(chart: Chart) -> dict[str, Any]:
         "showlegend": len(chart.series) > 1,
     }
     if chart.log_x:
-        layout["xaxis"] |= {"type": "log", "dtick": "D2" if _narrow(chart) else 1}
+        layout["xaxis"] |= {"type": "log"}
+    if chart.ticks is not None:
+        layout["xaxis"] |= {"tickvals": list(chart.ticks), "ticktext": [f"{tick:,.4g}" for tick in chart.ticks]}
     if chart.log_y:
         layout["yaxis"] |= {"type": "log"}
     if chart.categories is not None:
@@ -89,10 +91,10 @@ def _choices(chart: Chart) -> list[dict[str, Any]]:
 def _heat_map(part: HeatMap) -> dict[str, Any]:
     labels = [label for label, _ in part.frames]
     rows = [[list(row) for row in frame] for _, frame in part.frames]
-    height = min(700, 150 + 34 * len(rows[-1]))
+    height = min(700, 180 + 34 * len(rows[-1]))
     layout = {
         "margin": dict(_MARGIN) | {"b": 96},
-        "height": max(300, height),
+        "height": max(340, height),
         "xaxis": {"title": {"text": part.x_label}, "dtick": _dtick(len(rows[-1][0])), "showgrid": False},
         "yaxis": {"title": {"text": part.y_label}, "dtick": _dtick(len(rows[-1])), "showgrid": False},
     }
@@ -113,18 +115,11 @@ def _heat_map(part: HeatMap) -> dict[str, Any]:
         "z": rows[-1],
         "zmin": part.low,
         "zmax": part.high,
-        "colorscale": "RdBu",
-        "reversescale": True,
+        "colorscale": [[place / (len(HEAT) - 1), colour] for place, colour in enumerate(HEAT)],
         "colorbar": {"title": {"text": part.scale_label, "side": "right"}, "outlinewidth": 0, "thickness": 14},
         "hovertemplate": f"{part.y_label} %{{y}}, {part.x_label} %{{x}}: %{{z:.3f}}<extra></extra>",
     }
     return {"data": [trace], "layout": layout, "choices": []}
-
-
-def _narrow(chart: Chart) -> bool:
-    """Whether a logarithmic axis covers so little that it needs marks between the powers of ten."""
-    values = [x for series in chart.series for x in series.x if isinstance(x, (int, float)) and x > 0]
-    return bool(values) and max(values) / min(values) < 30
 
 
 def _dtick(count: int) -> int:

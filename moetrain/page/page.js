@@ -15,6 +15,7 @@ function layoutOf(given) {
   const { text, line, soft, panel, axis } = themed();
   const layout = Object.assign({}, given, {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: text },
     font: { color: text, family: "system-ui, sans-serif", size: 13 },
     hoverlabel: { bgcolor: panel, bordercolor: soft, font: { color: text } },
     xaxis: Object.assign({}, given.xaxis, axis), yaxis: Object.assign({}, given.yaxis, axis),
@@ -30,7 +31,7 @@ function layoutOf(given) {
 function drawAll() {
   for (const [name, figure] of Object.entries(figures)) {
     const data = figure.data.map((trace) => Object.assign({}, trace));
-    Plotly.react(name, data, layoutOf(figure.layout), { responsive: true, displaylogo: false });
+    Plotly.react("plot-" + name, data, layoutOf(figure.layout), { responsive: true, displaylogo: false, displayModeBar: "hover" });
   }
 }
 

@@ -153,7 +153,7 @@ def _steps(trained: Lines) -> Chart:
         x_label="steps",
         y_label="gradient norm before clipping",
         series=[Series(name="gradient norm", x=steps, y=[line.get("grad_norm") for line in trained])],
-        log_y=all((line.get("grad_norm") or 0) > 0 for line in trained),
+        log_y=_spans_tens([line.get("grad_norm") for line in trained]),
         note=f"Learning rate: {trained[0]['lr']:.3g} at first, {max(line['lr'] for line in trained):.3g} at most, "
         f"{trained[-1]['lr']:.3g} at the end.",
     )
@@ -177,8 +177,8 @@ def _experts(trained: Lines, run: RunConfig) -> list[Chart | HeatMap]:
             frames=frames,
             low=0.0,
             high=2.0,
-            scale_label="share x experts (1 = fair)",
-            note="The slider goes through the run.",
+            scale_label="share x experts",
+            note="1 is a fair share. The slider goes through the run.",
         ),
         _by_layer(loads, "max_over_mean", title="fullest expert", label="max / mean load (1 = fair)"),
     ]
@@ -251,6 +251,12 @@ def _settings(facts: Facts) -> Section:
 
 def _times(share: Number, experts: int) -> Number:
     return None if share is None else share * experts
+
+
+def _spans_tens(values: Sequence[Number]) -> bool:
+    """Whether a logarithmic axis shows more."""
+    known = [value for value in values if value is not None]
+    return bool(known) and min(known) > 0 and max(known) > 30 * min(known)
 
 
 def _shown(value: Any) -> str:

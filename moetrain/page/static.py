@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrain.page.charts import PALETTE, Chart, HeatMap, Number, Series
+from moetrain.page.charts import HEAT, PALETTE, Chart, HeatMap, Number, Series
 
 DPI = 130
 _STYLE: Any = {
@@ -45,8 +45,6 @@ def draw(part: Chart | HeatMap, directory: Path, *, title: str) -> list[Path]:
 
 
 def _lines(axes: Any, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     places = None if chart.categories is None else {label: place for place, label in enumerate(chart.categories)}
     for index, series in enumerate(chart.series):
         colour = PALETTE[(index if series.colour is None else series.colour) % len(PALETTE)]
@@ -58,11 +56,9 @@ def _lines(axes: Any, chart: Chart) -> None:
         axes.errorbar(x, y, yerr=errors, color=colour, label=series.name, capsize=2.5, **_marks(series))
     if chart.log_x:
         axes.set_xscale("log")
-        ticks = sorted({x for series in chart.series for x in series.x if isinstance(x, (int, float)) and x > 0})
-        if len(ticks) <= 12 and ticks[-1] / ticks[0] < 1e4:
-            axes.set_xticks(ticks)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+    if chart.ticks is not None:
+        axes.set_xticks(list(chart.ticks), [f"{tick:,.4g}" for tick in chart.ticks])
+        axes.minorticks_off()
     if chart.log_y:
         axes.set_yscale("log")
     if places is not None:
@@ -84,6 +80,7 @@ def _marks(series: Series) -> dict[str, Any]:
 
 def _heat_maps(figure: Any, part: HeatMap) -> None:
     """A few moments side by side: the first, those between and the last."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
     count = min(_MOST_MAPS, len(part.frames))
@@ -95,7 +92,14 @@ def _heat_maps(figure: Any, part: HeatMap) -> None:
         zip(figure.subplots(1, count, squeeze=False)[0], chosen, strict=True)
     ):
         values = [[_number(each) for each in row] for row in rows]
-        image = axes.imshow(values, cmap="RdBu_r", vmin=part.low, vmax=part.high, aspect="auto", origin="lower")
+        image = axes.imshow(
+            values,
+            cmap=LinearSegmentedColormap.from_list("heat", HEAT),
+            vmin=part.low,
+            vmax=part.high,
+            aspect="auto",
+            origin="lower",
+        )
         axes.set_title(label, fontsize=9)
         axes.grid(False)
         axes.spines[:].set_visible(False)

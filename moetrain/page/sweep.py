@@ -39,7 +39,7 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
     fitted = fits(runs)
     answer = recommend(sweep, runs)
     sections = [
-        Section(title="Answer", text=answer.sentence if answer else ""),
+        Section(title="Answer", text=" ".join([answer.sentence if answer else "", _unfinished(sweep)]).strip()),
         Section(
             title="Loss",
             text=_noise_text(found),
@@ -63,6 +63,11 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
         _runs(sweep),
     ]
     return sections
+
+
+def _unfinished(sweep: Sweep) -> str:
+    left = [run for run in sweep.runs if run.status != "done"]
+    return f"{len(left)} of {len(sweep.runs)} runs are not finished: this may change." if left else ""
 
 
 def _noise_text(found: Sequence[Mean]) -> str:
@@ -106,6 +111,7 @@ def _against_axis(sweep: Sweep, found: Sequence[Mean], fitted: dict[str, Fit | s
         y_label="held-out loss (nats per token)",
         series=series,
         log_x=numbers and min(map(float, labels)) > 0,
+        ticks=sorted(map(float, labels)) if numbers else None,
         categories=None if numbers else labels,
         note=("Lines: the routed law with its 90% interval." if with_law else "") + bars,
     )
@@ -189,7 +195,7 @@ def _held_out(runs: Sequence[Measured]) -> Section:
     level = next((each.predicted.level for each in held if isinstance(each.predicted, Prediction)), 0.9)
     factor = max((each.predicted.beyond for each in held if isinstance(each.predicted, Prediction)), default=1.0)
     text = (
-        f"The routed law, fitted without the largest size, is asked for it ({factor:.2g} times more active parameters): "
+        f"The routed law, fitted without the largest size, is asked for it ({factor:.2g} times the active parameters): "
         f"{hits} of its {total} runs lie inside the {level:.0%} intervals."
     )
     rows = [(each.mean.point, *_said(each), ", ".join(f"{loss:.4f}" for loss in each.mean.losses)) for each in held]
@@ -216,6 +222,7 @@ def _held_out_chart(held: Sequence[HeldOut]) -> Chart:
         x_label="experts",
         y_label="held-out loss (nats per token)",
         log_x=True,
+        ticks=sorted(set(experts)),
         series=[
             Series(
                 name="predicted by the smaller sizes",
@@ -264,7 +271,6 @@ def _pareto(sweep: Sweep, found: Sequence[Mean], *, key: str, label: str, cost: 
         x_label=label,
         y_label="held-out loss (nats per token)",
         series=[*everything, best],
-        log_x=True,
     )
 
 

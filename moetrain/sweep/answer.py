@@ -67,7 +67,7 @@ class HeldOut:
         return sum(said.low <= loss <= said.high for loss in self.mean.losses) if isinstance(said, Prediction) else 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Recommendation:
     """The answer in a sentence, and what stands behind it."""
 
@@ -164,7 +164,7 @@ def fit_runs(law: Law, runs: Sequence[Measured]) -> Fit:
 
 
 def fits(runs: Sequence[Measured]) -> dict[str, Fit | str]:
-    """Every law on all runs, or why it cannot be fitted. L(C) and L(N, D) know nothing of experts: one for each count."""
+    """Every law on all runs, or why it cannot be fitted; L(C) and L(N, D) know nothing of experts: one per count."""
     found: dict[str, Fit | str] = {}
     found[ROUTED.name] = _fit_or_why(ROUTED, runs)
     for experts in sorted({run.experts for run in runs}):
@@ -214,35 +214,30 @@ def recommend(sweep: Sweep, runs: Sequence[Measured]) -> Recommendation | None:
     by_group = groups(sweep, found)
     if not by_group:
         return None
-    name, best_group = max(by_group.items(), key=lambda item: max(mean.first.compute for mean in item[1]))
-    axis = varied_axis(sweep)
-    by_loss = sorted(best_group, key=lambda mean: mean.loss)
-    best = by_loss[0]
-    _, freedom = seed_noise(found)
+    name, group = max(by_group.items(), key=lambda item: max(mean.first.compute for mean in item[1]))
+    by_loss = sorted(group, key=lambda mean: mean.loss)
+    best, worst = by_loss[0], by_loss[-1]
+    kept = sweep.config.keep.replace("_", " ").replace("flops", "FLOPs")
+    at = "" if kept == "none" else f"At equal {kept}, "
     where = "" if name == "all" else f" ({name})"
-    kept = {"active_flops": "at equal active FLOPs", "total_parameters": "at equal total parameters"}
-    at = kept.get(sweep.config.keep, f"at equal {sweep.config.keep}" if sweep.config.keep != "none" else "")
-    short = axis.rsplit(".", 1)[-1]
-    if not freedom:
-        told = "one seed each: how sure this is, nobody knows"
-        return Recommendation(
-            sentence=f"{_capital(at)}{short}={best.labels[axis]} has the lowest loss, {best.loss:.3f}{where}; {told}.",
-            point=best.point,
-        )
+    if not seed_noise(found)[1]:
+        told = f"the lowest loss has {_named(sweep, best)}, {best.loss:.3f}{where}"
+        return Recommendation(f"{at}{told}; with one seed each, nobody knows how sure this is.", best.point)
     alike = [m for m in by_loss if m.loss - best.loss <= margin(found, len(m.losses), len(best.losses))]
     chosen = min(alike, key=lambda mean: (mean.first.total_parameters, mean.loss))
-    others = [mean.labels[axis] for mean in alike if mean is not chosen]
-    half = margin(found, len(chosen.losses))
-    told = f"loss {chosen.loss:.3f} ± {half:.3f}"
-    worst = by_loss[-1]
-    gain = worst.loss - chosen.loss
-    seeds = f"90% of {freedom + len([m for m in found if len(m.losses) > 1])} runs' spread between seeds"
-    rest = f"; {short} {', '.join(others)} cannot be told from it" if others else ""
-    if worst is not chosen:
+    told = f"loss {chosen.loss:.3f} ± {margin(found, len(chosen.losses)):.3f}"
+    if worst not in alike:
         span = margin(found, len(chosen.losses), len(worst.losses))
-        told += f", {gain:.3f} ± {span:.3f} below {short}={worst.labels[axis]}"
-    sentence = f"{_capital(at)}take {short}={chosen.labels[axis]}{where}: {told}{rest} ({seeds})."
-    return Recommendation(sentence=sentence, point=chosen.point)
+        told += f", {worst.loss - chosen.loss:.3f} ± {span:.3f} below {_named(sweep, worst)}"
+    others = [mean.labels[varied_axis(sweep)] for mean in alike if mean is not chosen]
+    rest = f"; {', '.join(others)} cannot be told from it" if others else ""
+    sure = "90% intervals, from the spread between seeds"
+    return Recommendation(f"{at}take {_named(sweep, chosen)}{where}: {told}{rest} ({sure}).", chosen.point)
+
+
+def _named(sweep: Sweep, mean: Mean) -> str:
+    axis = varied_axis(sweep)
+    return f"{axis.rsplit('.', 1)[-1]}={mean.labels[axis]}"
 
 
 def pareto(found: Sequence[Mean], cost: Callable[[Measured], float]) -> list[Mean]:
@@ -252,10 +247,6 @@ def pareto(found: Sequence[Mean], cost: Callable[[Measured], float]) -> list[Mea
         if not front or mean.loss < front[-1].loss:
             front.append(mean)
     return front
-
-
-def _capital(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}, " if text else "Of these, "
 
 
 def _column(runs: Sequence[Measured], name: str) -> Array:

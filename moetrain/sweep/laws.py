@@ -152,15 +152,15 @@ def fit(
 
 def _refuse_too_few(law: Law, inputs: Inputs, points: int) -> None:
     lacks = [
-        f"{len(np.unique(_rounded(inputs[name])))} values of {name} where it takes {least}"
+        f"{len(np.unique(_rounded(inputs[name])))} of the {least} different values of {name} that it takes"
         for name, least in zip(law.inputs, law.distinct, strict=True)
         if len(np.unique(_rounded(inputs[name]))) < least
     ]
     least = len(law.coefficients) + 2
     if points < least:
-        lacks.insert(0, f"{points} runs where it takes {least}")
+        lacks.insert(0, f"{points} of the {least} runs that it takes")
     if lacks:
-        raise DataError(f"the law {law.formula} cannot be fitted: {', '.join(lacks)}")
+        raise DataError(f"the law {law.formula} cannot be fitted: there are {', '.join(lacks)}")
 
 
 def _rounded(values: Array) -> Array:
@@ -209,13 +209,19 @@ def _tails(level: float) -> list[float]:
 _C0, _N0, _D0 = 1e18, 1e8, 1e9
 
 
+def _logs_added(one: Array, other: Array | float) -> Array:
+    """log(exp(one) + exp(other)), where either may be too small for exp."""
+    added: Array = np.logaddexp(one, other)
+    return added
+
+
 def _floors(log_loss: Array) -> list[float]:
     """Logs of the floor to start from: shares of the lowest loss."""
     return [float(np.min(log_loss)) + math.log(share) for share in (0.3, 0.7, 0.95)]
 
 
 def _compute_log_loss(theta: Array, inputs: Inputs) -> Array:
-    return np.logaddexp(theta[0] - theta[1] * np.log(inputs["compute"] / _C0), theta[2])
+    return _logs_added(theta[0] - theta[1] * np.log(inputs["compute"] / _C0), theta[2])
 
 
 def _compute_starts(inputs: Inputs, log_loss: Array) -> list[list[float]]:
@@ -244,7 +250,7 @@ COMPUTE = Law(
 def _chinchilla_log_loss(theta: Array, inputs: Inputs) -> Array:
     by_size = theta[0] - theta[1] * np.log(inputs["parameters"] / _N0)
     by_tokens = theta[2] - theta[3] * np.log(inputs["tokens"] / _D0)
-    return np.logaddexp(np.logaddexp(by_size, by_tokens), theta[4])
+    return _logs_added(_logs_added(by_size, by_tokens), theta[4])
 
 
 def _chinchilla_starts(inputs: Inputs, log_loss: Array) -> list[list[float]]:
@@ -287,7 +293,8 @@ def _routed_log_loss(theta: Array, inputs: Inputs) -> Array:
     start = math.exp(theta[4])
     n = np.log10(inputs["parameters"] / _N0)
     e = np.log10(effective_experts(inputs["experts"], start=start, largest=start * (1 + math.exp(theta[5]))))
-    return math.log(10) * (theta[0] * n + theta[1] * e + theta[2] * n * e + theta[3])
+    log_loss: Array = math.log(10) * (theta[0] * n + theta[1] * e + theta[2] * n * e + theta[3])
+    return log_loss
 
 
 def _routed_starts(inputs: Inputs, log_loss: Array) -> list[list[float]]:

@@ -76,10 +76,7 @@ class Sweep:
         path = directory / STATE_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            points = [
-                Point(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
-                for entry in content["points"]
-            ]
+            points = [_point(entry) for entry in content["points"]]
             runs = [Run(**entry) for entry in content["runs"]]
             config = freeze_section(SweepConfig, content["config"])
         except FileNotFoundError:
@@ -151,6 +148,12 @@ def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) ->
         if run.status in (RUNNING, FAILED):
             run.status, run.attempts, run.note = WAITING, 0, ""
     return Sweep(directory, config, known, runs)
+
+
+def _point(entry: dict[str, Any]) -> Point:
+    """JSON has no tuples."""
+    whole: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return Point(**whole)
 
 
 def read_result(run_dir: Path) -> Result | None:

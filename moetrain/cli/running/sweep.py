@@ -68,7 +68,7 @@ def sweep(words: Sequence[str]) -> int:
         return search(words[1:])
     options = Options.read(words, flags=("--dry-run",))
     config, axes = read_sweep(options)
-    points = _points(config, axes, options)
+    points = points_of(config, axes, options)
     directory = Path(config.sweep_dir or f"sweeps/{config.name}")
     from moetrain.report.sweep import grid_text
 
@@ -121,14 +121,18 @@ def command_of(opened: Sweep, run: Run, options: Options) -> list[str]:
     return [sys.executable, "-m", "moetrain.cli", "train", *overrides, *own, *place]
 
 
-def read_sweep(options: Options) -> tuple[SweepConfig, list[Axis]]:
-    """The settings of a sweep out of its file and the command line."""
+def read_sweep(options: Options, *, axes: Sequence[Axis] = ()) -> tuple[SweepConfig, list[Axis]]:
+    """The settings of a sweep out of its file and the command line.
+
+    Args:
+        axes: there are besides.
+    """
     from moetrain.compose import values_of
     from moetrain.sweep.settings import Axis, Choice, SweepConfig, axes_of, freeze_sweep
 
     own_names = {field.name for field in fields(SweepConfig)}
     content, words = _file_of(options)
-    axes = axes_of(content.pop("axes", {}))
+    axes = [*axes, *axes_of(content.pop("axes", {}))]
     settings = list(content.pop("settings", []))
     given: dict[str, Any] = dict(content)
     for word in words:
@@ -185,7 +189,7 @@ def _file_of(options: Options) -> tuple[dict[str, Any], list[str]]:
     return {}, options.overrides
 
 
-def _points(config: SweepConfig, axes: Sequence[Axis], options: Options) -> list[Point]:
+def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> list[Point]:
     from moetrain.launch.local import default_processes
     from moetrain.sweep.grid import make_grid
 
