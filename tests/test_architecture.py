@@ -54,8 +54,8 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
 }
-NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "sweep", "page", "data", "prepare", "instruct", "errors",
-            "checkpoint.store", "checkpoint.certificate", "checkpoint.remote", "parallel.topology",
+NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "sweep", "page", "data", "prepare", "instruct",
+            "errors", "checkpoint.store", "checkpoint.certificate", "checkpoint.remote", "parallel.topology",
             "parallel.lifeline", "parallel.seeds", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "metrics.live", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip

@@ -32,6 +32,10 @@ _HUBER = 1.345
 """Of the noise, where Huber's loss turns from squares to absolute values: 95 percent efficient for normal noise (Huber
 1964)."""
 _LEAST_NOISE = 1e-5
+_ALIKE = 0.04
+_EVALUATIONS = 100
+"""Of the law in one fit: a fit that has not settled then hangs on coefficients that the points do not tell, and where it
+wanders shows in their intervals."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,9 @@ def fit(
 
 def _refuse_too_few(law: Law, inputs: Inputs, points: int) -> None:
     lacks = [
-        f"{len(np.unique(_rounded(inputs[name])))} of the {least} different values of {name} that it takes"
+        f"{_distinct(inputs[name])} of the {least} different values of {name} that it takes"
         for name, least in zip(law.inputs, law.distinct, strict=True)
-        if len(np.unique(_rounded(inputs[name]))) < least
+        if _distinct(inputs[name]) < least
     ]
     least = len(law.coefficients) + 2
     if points < least:
@@ -163,9 +167,9 @@ def _refuse_too_few(law: Law, inputs: Inputs, points: int) -> None:
         raise DataError(f"the law {law.formula} cannot be fitted: there are {', '.join(lacks)}")
 
 
-def _rounded(values: Array) -> Array:
-    # sizes that differ by a router's few weights are one size
-    return np.round(np.log(values) / 0.05)
+def _distinct(values: Array) -> int:
+    """How many different values; those within a few percent are one, as sizes that differ by a router's weights are."""
+    return 1 + int(np.sum(np.diff(np.sort(np.log(values))) > _ALIKE))
 
 
 def _best(law: Law, inputs: Inputs, log_loss: Array) -> tuple[Array, Array]:
@@ -191,7 +195,7 @@ def _solve(law: Law, inputs: Inputs, log_loss: Array, *, start: Sequence[float] 
         loss="huber",
         f_scale=scale,
         x_scale="jac",
-        max_nfev=400,
+        max_nfev=_EVALUATIONS,
     )
 
 
