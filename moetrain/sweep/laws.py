@@ -34,8 +34,8 @@ _HUBER = 1.345
 _LEAST_NOISE = 1e-5
 _ALIKE = 0.04
 _EVALUATIONS = 100
-"""Of the law in one fit: a fit that has not settled then hangs on coefficients that the points do not tell, and where it
-wanders shows in their intervals."""
+"""Of the law in one fit: one that has not settled by then hangs on coefficients that the points do not tell, and where
+it wanders shows in their intervals."""
 
 
 @dataclass(frozen=True)

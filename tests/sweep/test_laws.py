@@ -59,7 +59,7 @@ def lattice(**axes: Any) -> dict[str, Any]:
 COMPUTES = {"compute": np.repeat(np.logspace(17, 20, 8), 2)}
 PLANTED = [
     (COMPUTE, of_compute, COMPUTES, {"compute": 5e20}, OF_COMPUTE),
-    (CHINCHILLA, hoffmann, lattice(parameters=np.logspace(7.5, 9, 5), tokens=np.logspace(9, 10.5, 5)),
+    (CHINCHILLA, hoffmann, lattice(parameters=np.logspace(7.5, 9, 4), tokens=np.logspace(9, 10.5, 4)),
      {"parameters": 7e9, "tokens": 1.4e11}, HOFFMANN),
     (ROUTED, clark, lattice(parameters=np.logspace(7, 9, 5), experts=2.0 ** np.arange(10)),
      {"parameters": 5e9, "experts": 64.0}, PUBLISHED["S-Base"]),
@@ -80,7 +80,7 @@ def test_planted_laws_lie_in_their_intervals(law, truth, inputs, at, coefficient
     """Of 20 intervals of 90%, 14 or more cover with probability 0.998 (a binomial), were they independent."""
     covered = dict.fromkeys([*coefficients, "one more run"], 0)
     for seed in range(TRIALS):
-        found = planted_fit(law, truth, inputs, seed=seed, resamples=60)
+        found = planted_fit(law, truth, inputs, seed=seed, resamples=40)
         for name, (low, high) in found.intervals.items():
             covered[name] += low <= coefficients[name] <= high
         there = {name: np.array([value]) for name, value in at.items()}
