@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -178,7 +179,7 @@ def _own(key: str, value: str) -> Any:
 
 def _file_of(options: Options) -> tuple[dict[str, Any], list[str]]:
     """The content of the file that experiment=NAME names, if it is a sweep's, and the other words."""
-    from moetrain.compose import compose_file, config_directory
+    from moetrain.compose import compose_file, config_directory, presets
 
     for word in options.overrides:
         key, _, name = word.partition("=")
@@ -186,7 +187,17 @@ def _file_of(options: Options) -> tuple[dict[str, Any], list[str]]:
         if key == "experiment" and any(place.is_file() for place in places):
             content = compose_file("sweep", name, config_dir=options.config_dir)
             return {"name": name} | content, [each for each in options.overrides if each != word]
+        own = options.config_dir / "experiment" / f"{name}.yaml" if options.config_dir else None
+        if key == "experiment" and name.isidentifier() and name not in presets("experiment") and not _is_file(own):
+            near = difflib.get_close_matches(name, [*presets("sweep"), *presets("experiment")], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            told = f"sweeps: {', '.join(presets('sweep'))}; experiments: {', '.join(presets('experiment'))}"
+            raise ConfigError([f"'{word}' is not there: {told}{hint}"])
     return {}, options.overrides
+
+
+def _is_file(path: Path | None) -> bool:
+    return path is not None and path.is_file()
 
 
 def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> list[Point]:
