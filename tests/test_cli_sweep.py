@@ -20,10 +20,12 @@ from moetrain.launch.lock import RunLock
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.state import Sweep
 
-TINY = ("model.d_model=16", "model.num_heads=2", "model.num_layers=1", "model.vocab_size=300", "model.context=16",
-        "model.d_ff=32", "model.moe.d_expert=16", "launch.processes=1", "batch.global_batch=2",
-        "schedule.warmup_steps=1", "data.text=text.txt", "data.held_out=0.3", 'log.wandb="off"', "log.every_steps=1", "checkpoint.every_steps=5",
-        "evaluate.every_steps=null")  # fmt: skip
+TINY = [
+    "model.d_model=16", "model.num_heads=2", "model.num_layers=1", "model.vocab_size=300", "model.context=16",
+    "model.d_ff=32", "model.moe.d_expert=16", "launch.processes=1", "batch.global_batch=2", "schedule.warmup_steps=1",
+    "data.text=text", "data.held_out=0.3", 'log.wandb="off"', "log.every_steps=1", "checkpoint.every_steps=5",
+    "evaluate.every_steps=null",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +47,7 @@ def test_a_sweep_that_is_killed_goes_on_and_has_every_step_once(place):
     (place / "text").mkdir()
     for number in range(20):
         (place / "text" / f"{number}.txt").write_text(f"Document {number}. " + "What is said is said. " * (number + 20))
-    words = ("sweep", "seed=1,2", "schedule.steps=60", "name=killed",
-             *(w.replace("text.txt", "text") for w in TINY))  # fmt: skip
+    words = ("sweep", "seed=1,2", "schedule.steps=60", "name=killed", *TINY)
     metrics = place / "sweeps/killed/runs/seed-1_seed-1/metrics.jsonl"
     with subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True) as first:  # fmt: skip

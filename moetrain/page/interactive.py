@@ -31,7 +31,7 @@ def _lines(chart: Chart) -> dict[str, Any]:
         "showlegend": len(chart.series) > 1,
     }
     if chart.log_x:
-        layout["xaxis"] |= {"type": "log"}
+        layout["xaxis"] |= {"type": "log", "exponentformat": "power"}
     if chart.ticks is not None:
         layout["xaxis"] |= {"tickvals": list(chart.ticks), "ticktext": [f"{tick:,.4g}" for tick in chart.ticks]}
     if chart.log_y:
@@ -71,6 +71,7 @@ def _band(series: Series, colour: str) -> dict[str, Any]:
         "x": [*series.x, *reversed(series.x)],
         "y": [*high, *reversed(low)],
         "fill": "toself",
+        "mode": "lines",
         "fillcolor": _faint(colour),
         "line": {"width": 0},
         "hoverinfo": "skip",
