@@ -203,9 +203,11 @@ def _refuse_unknown(overrides: Sequence[Override], *, loader: ConfigLoaderImpl) 
             problems.append(f"'{text}' names a package, but a preset has one place: write {key}=NAME")
         elif key == "cluster":
             problems.append(f"'{text}' is for moetrain plan: a run takes the machines that it is started on")
+        elif key == "sweep":
+            problems.append(f"'{text}' is for moetrain sweep: write moetrain sweep experiment=NAME")
         elif override.is_sweep_override():
             problems.append(
-                f"'{text}' gives several values, but a run has one of each: start a run for each, or, for a list, "
+                f"'{text}' gives several values, but a run has one of each: use moetrain sweep, or, for a list, "
                 f"write '{key}=[a,b]'"
             )
         elif is_group and (key in GROUPS or override.is_add()):

@@ -94,7 +94,7 @@ def _heat_map(part: HeatMap) -> dict[str, Any]:
     rows = [[list(row) for row in frame] for _, frame in part.frames]
     height = min(700, 180 + 34 * len(rows[-1]))
     layout = {
-        "margin": dict(_MARGIN) | {"b": 96},
+        "margin": dict(_MARGIN) | {"t": 36, "b": 96},
         "height": max(340, height),
         "xaxis": {"title": {"text": part.x_label}, "dtick": _dtick(len(rows[-1][0])), "showgrid": False},
         "yaxis": {"title": {"text": part.y_label}, "dtick": _dtick(len(rows[-1])), "showgrid": False},
