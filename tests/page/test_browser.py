@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -69,7 +70,10 @@ def test_the_slider_goes_through_the_load(run_page):
     """
     run_page.execute_script("document.getElementById('plot-expert_load').scrollIntoView()")
     run_page.execute_script(move)
-    first = run_page.execute_script(values)
+    # Plotly draws at the browser's next frame, which a busy machine lets wait
+    deadline = time.monotonic() + 20
+    while (first := run_page.execute_script(values)) == last and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert first != last
     frames = "return figures.expert_load.layout.sliders[0].steps[0].args[0].z[0]"
     assert first == run_page.execute_script(frames)

@@ -59,7 +59,8 @@ def _rounds(directory: Path, config: SweepConfig, ask: Ask, *, trials: int, spac
         raise DataError(f"no trial of {directory} has finished: see moetrain sweep status {directory}")
     best = min(results, key=lambda name: results[name].loss)
     run = next(run for run in opened.runs if run.name == best)
-    found = [override for override in opened.points[run.point].overrides if override.partition("=")[0] in space]
+    values = dict(override.partition("=")[::2] for override in opened.points[run.point].overrides)
+    found = [f"{name}={values[name]}" for name in space]
     print(f"best of {len(results)} runs: {' '.join(found)}, loss {results[best].loss:.4f}")
     return 0
 
