@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -82,6 +82,31 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     assert isinstance(settings, dict)
     _refuse_unknown_in_files(sources)
     return Composed(settings={str(key): value for key, value in settings.items()}, sources=sources, choices=choices)
+
+
+def values_of(override: str) -> list[str] | None:
+    """What Hydra's multirun makes of an override: ``optim.lr=1,2`` and ``range(…)``, one override for each value.
+
+    Returns:
+        None: it gives one value.
+
+    Raises:
+        ConfigError: it is no override.
+    """
+    (parsed,) = _parse([override])
+    if not parsed.is_discrete_sweep():
+        return None
+    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+
+
+def interval_of(override: str) -> tuple[float, float, bool] | None:
+    """``interval(a, b)`` of an override, and whether it is tagged log: ``optim.lr=tag(log, interval(1e-4, 1e-2))``."""
+    (parsed,) = _parse([override])
+    if not parsed.is_interval_sweep():
+        return None
+    value = parsed.value()
+    assert isinstance(value, IntervalSweep)
+    return float(value.start or 0.0), float(value.end or 0.0), "log" in value.tags
 
 
 def compose_file(
@@ -171,9 +196,11 @@ def _refuse_unknown(overrides: Sequence[Override], *, loader: ConfigLoaderImpl) 
             problems.append(f"'{text}' names a package, but a preset has one place: write {key}=NAME")
         elif key == "cluster":
             problems.append(f"'{text}' is for moetrain plan: a run takes the machines that it is started on")
+        elif key == "sweep":
+            problems.append(f"'{text}' is for moetrain sweep: write moetrain sweep experiment=NAME")
         elif override.is_sweep_override():
             problems.append(
-                f"'{text}' gives several values, but a run has one of each: start a run for each, or, for a list, "
+                f"'{text}' gives several values, but a run has one of each: use moetrain sweep, or, for a list, "
                 f"write '{key}=[a,b]'"
             )
         elif is_group and (key in GROUPS or override.is_add()):

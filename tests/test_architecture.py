@@ -24,6 +24,8 @@ MAY_IMPORT = {
         "surgery",
         "launch",
         "report",
+        "sweep",
+        "page",
         "metrics",
         "plan",
         "archive",
@@ -35,7 +37,9 @@ MAY_IMPORT = {
     },
     "compose": {"config", "errors"},
     "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
-    "report": {"config", "plan", "metrics", "errors"},
+    "report": {"config", "plan", "metrics", "sweep", "errors"},
+    "page": {"config", "plan", "metrics", "sweep", "errors"},
+    "sweep": {"config", "plan", "launch", "metrics.log", "errors"},
     "bench": {"train", "checkpoint", "model", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "train": {"checkpoint", "stream.feed", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "verify": {"train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
@@ -68,11 +72,11 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
 }
-NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "instruct", "sources", "stream",
-            "tokenization", "errors",
+NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "sweep", "page", "data", "prepare", "instruct",
+            "sources", "stream", "tokenization", "errors",
             "checkpoint.store", "checkpoint.certificate", "checkpoint.remote", "parallel.topology",
             "parallel.lifeline", "parallel.pool", "parallel.seeds", "train.schedule",
-            "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
+            "metrics.log", "metrics.speed", "metrics.console", "metrics.live", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {
     "hydra": {"compose"},
@@ -84,7 +88,10 @@ ONLY_IN = {
     "wandb": {"metrics.log"},
     "datasets": {"sources.hub"},
     "fsspec": {"checkpoint.remote"},
-    "matplotlib": {"report.figures"},
+    "matplotlib": {"report.figures", "page.static"},
+    "plotly": {"page.html"},
+    "scipy": {"sweep.laws", "sweep.answer"},
+    "optuna": {"cli.running.search"},
 }
 LONGEST_FILE, LONGEST_FUNCTION, FILES_IN_ROOM = 400, 60, 8
 

@@ -112,6 +112,8 @@ class TestHelp:
                 assert moetrain_in_process(verb, *words, "--dry-run").returncode == 0, line
             elif verb in ("config", "plan"):
                 assert moetrain_in_process(verb, *words).returncode == 0, line
+            elif verb == "sweep" and words[0] not in ("status", "predict"):
+                assert moetrain_in_process(verb, *words, "--dry-run").returncode == 0, line
             elif verb == "bench":
                 done = moetrain_in_process(verb, *words, "--dry-run")
                 assert (done.returncode, done.stderr) == (0, ""), line

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moetrain.compose import COMMAND_LINE, compose, config_directory, presets
+from moetrain.compose import COMMAND_LINE, compose, presets
 from moetrain.config.checks import check, resolve
-from moetrain.config.freeze import flatten, freeze, setting_names, to_dict
+from moetrain.config.freeze import config_directory, flatten, freeze, setting_names, to_dict
 from moetrain.config.routers import resolve_router
 from moetrain.config.schema import MoEConfig, RunConfig
 from moetrain.errors import ConfigError
@@ -248,7 +248,7 @@ class TestMessages:
             ("experiment=[zzz]", "'experiment=[zzz]' is not there: experiment is one of"),
             ("+experiment=expert_parallel_4", "write experiment=expert_parallel_4, without the +"),
             ("model@pkg=tiny", "'model@pkg=tiny' names a package, but a preset has one place: write model=NAME"),
-            ("optim.lr=1,2", "'optim.lr=1,2' gives several values, but a run has one of each: start a run for each"),
+            ("optim.lr=1,2", "'optim.lr=1,2' gives several values, but a run has one of each: use moetrain sweep"),
             ("data.text=a,b", "write 'data.text=[a,b]'"),
             ("model=tiny,gpt2_124m", "'model=tiny,gpt2_124m' gives several values"),
             ("optim.lr=choice(1,2)", "'optim.lr=choice(1,2)' gives several values"),

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from made import a_run, a_sweep
 from own_runs import write_tiny
 
 from moetrain.cli.main import main
@@ -51,6 +52,9 @@ def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
         runs = request.getfixturevalue("real_runs")
         (runs / "ep2").rename(runs / "tiny")
         shutil.copytree(runs / "tiny", runs / "other")
+    if words[:2] == ["moetrain", "report"] or words[1:3] in (["sweep", "status"], ["sweep", "predict"]):
+        a_run(shelf / "runs" / "tiny")
+        a_sweep(shelf / "sweeps" / "expert_count")
     if words[1] in ("export", "evaluate", "sample"):
         write_tiny(shelf / "runs" / "tiny", shelf / "of tiny")
     if words[0] == "make":
@@ -58,7 +62,8 @@ def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
         return
     assert words[0] == "moetrain", f"{page}: no test knows how to run {line!r}"
     # what starts processes has its own tests; here its settings are composed and checked as they stand
-    extra = ["--dry-run"] if words[1] in ("train", "verify", "bench") and "--dry-run" not in words else []
+    extra = ["--dry-run"] if words[1] in ("train", "verify", "bench", "sweep") and "--dry-run" not in words else []
+    extra = [] if words[2:3] in (["status"], ["predict"]) else extra
     assert main([*words[1:], *extra]) == 0, capsys.readouterr().err
 
 

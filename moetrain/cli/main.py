@@ -43,6 +43,8 @@ VERBS = {
     "sample": Verb("results.model", "let a trained model write"),
     "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),
+    "sweep": Verb("running.sweep", "many runs, one answer: a grid at equal compute, scaling laws"),
+    "report": Verb("results.report", "one HTML page of a run or a sweep, with its pictures"),
     "bench": Verb("before.bench", "time the MoE layer or a training step, against others'"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,12 +29,21 @@ class WorkBar:
         unit: name of a unit, for plain lines.
         shown: False makes it draw nothing: every rank but the first.
         stderr: draw there, where stdout is the result.
+        console: where to draw instead.
     """
 
     def __init__(
-        self, label: str, *, total: int | None, unit: str, done: int = 0, shown: bool = True, stderr: bool = False
+        self,
+        label: str,
+        *,
+        total: int | None,
+        unit: str,
+        done: int = 0,
+        shown: bool = True,
+        stderr: bool = False,
+        console: Console | None = None,
     ) -> None:
-        self._console = Console(stderr=stderr)
+        self._console = console or Console(stderr=stderr)
         self._label, self._total, self._unit, self._done, self._shown = label, total, unit, done, shown
         self._next_plain = 0.0
         self._bar = Progress(
@@ -59,6 +68,11 @@ class WorkBar:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    @property
+    def renderable(self) -> RenderableType:
+        """The bar, for a larger view that draws it; it is not entered then."""
+        return self._bar.get_renderable()
 
     def advance_to(self, done: int, *, note: str | None = None) -> None:
         """Say how much is done now, and what to show beside the bar."""

@@ -125,6 +125,11 @@ def flops_per_token(model: ModelConfig, *, sequence_length: int) -> int:
     return 3 * (2 * weights + model.num_layers * attention_scores)
 
 
+def expert_share(model: ModelConfig, *, sequence_length: int) -> float:
+    """Share of a token's FLOPs that its routed experts do."""
+    return 6 * count_parameters(model).active_experts / flops_per_token(model, sequence_length=sequence_length)
+
+
 def format_count(count: int) -> str:
     """A count in three significant digits, for people: 46_702_792_704 -> "46.7 B"."""
     if count < 1000:

@@ -19,7 +19,7 @@ from moetrain.checkpoint.saver import Outcome, Saver
 from moetrain.checkpoint.state import Fragment
 from moetrain.checkpoint.store import Manifest
 from moetrain.errors import CheckpointError, TrainingError
-from moetrain.metrics.console import WorkBar
+from moetrain.metrics.live import LiveView
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.metrics.speed import Speed
 from moetrain.plan.published import PLAN_FILE, Expectation
@@ -82,7 +82,7 @@ class LogHook:
         meter: LoadMeter | None,
         group: dist.ProcessGroup,
         record: Record,
-        bar: WorkBar,
+        bar: LiveView,
         clock: Clock,
     ) -> None:
         self._every, self._steps, self._clock = every_steps, steps, clock
@@ -143,6 +143,7 @@ class LogHook:
             if dead := sum(map(len, load.dead)):
                 note += f"  {dead} dead experts"
         self._record(line)
+        self._bar.show(line)
         self._note = note
         if any(loss != loss or loss == float("inf") for loss in step_losses):
             raise TrainingError(
@@ -224,7 +225,7 @@ class EvaluateHook:
         steps: int,
         evaluate: Callable[[], Evaluation],
         record: Record,
-        bar: WorkBar,
+        bar: LiveView,
         clock: Clock,
     ) -> None:
         self._every, self._steps, self._evaluate, self._clock = every_steps, steps, evaluate, clock

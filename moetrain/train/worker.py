@@ -30,12 +30,13 @@ from moetrain.data.build import Corpus, make_batches, open_corpus
 from moetrain.data.loader import Ahead, Batches, Rows, Source
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
-from moetrain.metrics.console import WorkBar
+from moetrain.metrics.live import LiveView
 from moetrain.metrics.log import MetricsLog, WandbLog, open_wandb
 from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
+from moetrain.plan.flops import expert_share
 from moetrain.plan.published import expect
 from moetrain.stream.feed import streamed
 from moetrain.train.engine import Engine
@@ -118,7 +119,7 @@ def _run_rank(run: RunConfig, run_dir: Path, *, streamed: Source | None) -> bool
 
     evaluator = _evaluator(parts)
     if state.step < sizes.steps:
-        with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=parts.is_first) as bar:
+        with _view(parts, done=state.step) as bar:
             if resumed_from:
                 bar.say(f"{'resumed' if state.step else 'weights'} from {resumed_from} at step {state.step:,}")
             _train(parts, state, evaluator=evaluator, stop=stop, record=record, bar=bar)
@@ -130,8 +131,20 @@ def _run_rank(run: RunConfig, run_dir: Path, *, streamed: Source | None) -> bool
     return finished
 
 
+def _view(parts: Parts, *, done: int) -> LiveView:
+    run, sizes = parts.run, parts.sizes
+    return LiveView(
+        total=sizes.steps,
+        done=done,
+        shown=parts.is_first,
+        expert_parallel=parts.groups.topology.expert_parallel,
+        expert_share=expert_share(run.model, sequence_length=sizes.sequence_length),
+        tokens_per_step=sizes.tokens_per_step,
+    )
+
+
 def _train(
-    parts: Parts, state: TrainState, *, evaluator: Evaluator, stop: StopRequest, record: Record, bar: WorkBar
+    parts: Parts, state: TrainState, *, evaluator: Evaluator, stop: StopRequest, record: Record, bar: LiveView
 ) -> None:
     run, groups, sizes = parts.run, parts.groups, parts.sizes
     clock = Clock()
@@ -205,7 +218,7 @@ def _save_hook(
     flush: Callable[[TrainState], None],
     loss_at: Callable[[int], float | None],
     stop: StopRequest,
-    bar: WorkBar,
+    bar: LiveView,
     clock: Clock,
 ) -> SaveHook:
     given = parts.run.checkpoint

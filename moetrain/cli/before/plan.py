@@ -230,13 +230,16 @@ def _model(options: Options) -> _Model:
 
 
 def _cluster(asked: _Asked, options: Options) -> tuple[Cluster, float]:
+    return cluster_of(asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
+
+
+def cluster_of(name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Cluster, float]:
     """The cluster, and the share of the peak that matrix products reach on it."""
     from moetrain.compose import compose_file
     from moetrain.plan.cluster import known_clusters, read_cluster
     from moetrain.plan.published import efficiency_on
 
-    settings = compose_file("cluster", asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
-    cluster = read_cluster(settings, name=asked.cluster)
+    cluster = read_cluster(compose_file("cluster", name, overrides=overrides, config_dir=config_dir), name=name)
     return cluster, efficiency_on(cluster, known_clusters())
 
 

@@ -1,0 +1,266 @@
+"""The verb sweep: many runs, one answer."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetrain.cli.options import Options, corpus_of, number
+from moetrain.errors import ConfigError
+from moetrain.parallel.lifeline import STOPPED
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import RunConfig
+    from moetrain.plan.cluster import Cluster
+    from moetrain.sweep.grid import Point
+    from moetrain.sweep.settings import Axis, SweepConfig
+    from moetrain.sweep.state import Run, Sweep
+
+HELP = {
+    "sweep": """usage: moetrain sweep [experiment=NAME] [SETTING=value,value,… …] [keep=WHAT] [key=value …] [--dry-run]
+       moetrain sweep status DIR
+       moetrain sweep predict DIR compute=C [experts=E] [parameters=N] [tokens=D]
+       moetrain sweep search SETTING=interval(a,b) … [trials=N] [key=value …]
+
+Trains every combination of the values, each a run directory of its own in sweeps/NAME/runs. The same command again goes
+on where it stopped; what failed is tried again. See docs/sweep.md.
+
+  experiment=NAME     a file of configs/sweep, or of DIR/sweep; or an experiment of train, with axes on the command line
+  SETTING=a,b,c       an axis; any setting or preset of train, as Hydra's multirun writes it
+  keep=WHAT           active_flops, total_parameters, memory or time: kept equal by adjusting
+  free=SETTING        this setting (default model.moe.d_expert),
+  within=AXIS         within each value of this axis
+  seeds=1,2           each point once with each seed
+  jobs=N              runs at the same time, each on cores (or GPUs) of its own
+  halving=2           stop the worse half of the runs at each of rungs=0.25,0.5 of their steps
+  --dry-run           show the points and what they cost; start nothing
+  --config-dir DIR    presets of your own, laid out like moetrain's
+
+`sweep status` shows how far it is. `sweep predict` fits the scaling laws and says what a larger run would reach, with
+its interval, or why the runs do not tell. `sweep search` tries values in an interval by Optuna (extra "search").
+
+exit codes: 0 finished, 1 some runs failed, 2 something to mend, 75 stopped on request
+
+examples:
+  moetrain sweep experiment=expert_count
+  moetrain sweep model.moe.num_experts=2,4,8 keep=active_flops seeds=1,2 name=experts
+  moetrain sweep model=tiny optim.lr=1e-3,3e-3,1e-2 name=rates jobs=2
+  moetrain sweep status sweeps/expert_count
+  moetrain sweep predict sweeps/expert_count compute=1e13
+""",
+}
+
+
+def sweep(words: Sequence[str]) -> int:
+    """The verb `sweep`."""
+    if words and words[0] == "status":
+        return _status(words[1:])
+    if words and words[0] == "predict":
+        from moetrain.cli.running.predict import predict
+
+        return predict(words[1:])
+    if words and words[0] == "search":
+        from moetrain.cli.running.search import search
+
+        return search(words[1:])
+    options = Options.read(words, flags=("--dry-run",))
+    config, axes = read_sweep(options)
+    points = points_of(config, axes, options)
+    directory = Path(config.sweep_dir or f"sweeps/{config.name}")
+    from moetrain.report.sweep import grid_text
+
+    print(grid_text(directory, config, points), flush=True)
+    if "--dry-run" in options.flags:
+        print("a dry run: nothing was started")
+        return 0
+    from moetrain.launch.lock import RunLock
+    from moetrain.sweep.state import open_sweep
+
+    with RunLock(directory):
+        opened = open_sweep(directory, config, points)
+        opened.write()
+        return run_points(opened, options)
+
+
+def run_points(opened: Sweep, options: Options) -> int:
+    """Train what waits, by the launcher that the runs name, and show what came of it; returns the exit code.
+
+    The one place that knows how the runs of a sweep get their processes: a cluster's array of jobs belongs here.
+    """
+    from moetrain.report.sweep import status_table
+    from moetrain.sweep.queue import run_queue
+
+    first = _composed(options, next(iter(opened.points.values())).overrides)
+    if first.launch.kind != "local":
+        raise ConfigError([f"launch.kind is {first.launch.kind}, but a sweep runs on this machine: use launch=local"])
+    _prepare(opened, options)
+    stopped = run_queue(
+        opened,
+        command=lambda run: command_of(opened, run, options),
+        steps={name: _steps(_composed(options, point.overrides)) for name, point in opened.points.items()}
+        if opened.config.halving
+        else {},
+        say=lambda line: print(line, flush=True),
+    )
+    status_table(opened)
+    if stopped:
+        print("stopped on request; the same command goes on")
+        return STOPPED
+    print(f"next: moetrain report {opened.directory}")
+    return 1 if any(run.status == "failed" for run in opened.runs) else 0
+
+
+def command_of(opened: Sweep, run: Run, options: Options) -> list[str]:
+    """What starts a run, or goes on with it."""
+    own = [f"seed={run.seed}", f'name="{run.name}"', f'run_dir="{opened.run_dir(run)}"']
+    place = [] if options.config_dir is None else ["--config-dir", str(options.config_dir)]
+    overrides = opened.points[run.point].overrides
+    return [sys.executable, "-m", "moetrain.cli", "train", *overrides, *own, *place]
+
+
+def read_sweep(options: Options, *, axes: Sequence[Axis] = ()) -> tuple[SweepConfig, list[Axis]]:
+    """The settings of a sweep out of its file and the command line.
+
+    Args:
+        axes: there are besides.
+    """
+    from moetrain.compose import values_of
+    from moetrain.sweep.settings import Axis, Choice, SweepConfig, axes_of, freeze_sweep
+
+    own_names = {field.name for field in fields(SweepConfig)}
+    content, words = _file_of(options)
+    axes = [*axes, *axes_of(content.pop("axes", {}))]
+    settings = list(content.pop("settings", []))
+    given: dict[str, Any] = dict(content)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in own_names:
+            given[key] = _own(key, value)
+        elif (named := _named_axis(axes, key)) is not None:
+            labels = [each.partition("=")[2] for each in values_of(word) or [word]]
+            axes = [_only(axis, labels) if axis is named else axis for axis in axes]
+        elif (values := values_of(word)) is not None:
+            choices = tuple(Choice(each.partition("=")[2], (each,)) for each in values)
+            axes = [*(axis for axis in axes if axis.name != key), Axis(key, choices)]
+        else:
+            axes = [axis for axis in axes if axis.name != key]
+            settings.append(word)
+    return freeze_sweep(given | {"settings": settings}, axes), axes
+
+
+def _named_axis(axes: Sequence[Axis], name: str) -> Axis | None:
+    """The axis of this name, if its choices are labels for several settings."""
+    return next((axis for axis in axes if axis.name == name and axis.is_named), None)
+
+
+def _only(axis: Axis, labels: Sequence[str]) -> Axis:
+    from moetrain.sweep.settings import Axis
+
+    known = {choice.label: choice for choice in axis.choices}
+    if unknown := [label for label in labels if label not in known]:
+        raise ConfigError([f"{axis.name} has no {unknown[0]!r}: use {', '.join(known)}"])
+    return Axis(axis.name, tuple(known[label] for label in labels))
+
+
+def _own(key: str, value: str) -> Any:
+    """A word of the sweep's own as its type is."""
+    if key in ("seeds", "rungs"):
+        return [number(each) for each in value.strip("[]").split(",")]
+    if key == "within":
+        return value.strip("[]").split(",")
+    if key in ("jobs", "retries", "halving", "tolerance"):
+        return number(value)
+    return value
+
+
+def _file_of(options: Options) -> tuple[dict[str, Any], list[str]]:
+    """The content of the file that experiment=NAME names, if it is a sweep's, and the other words."""
+    from moetrain.compose import compose_file, presets
+    from moetrain.config.freeze import config_directory
+
+    for word in options.overrides:
+        key, _, name = word.partition("=")
+        places = [place / "sweep" / f"{name}.yaml" for place in (config_directory(), options.config_dir) if place]
+        if key == "experiment" and any(place.is_file() for place in places):
+            content = compose_file("sweep", name, config_dir=options.config_dir)
+            return {"name": name} | content, [each for each in options.overrides if each != word]
+        own = options.config_dir / "experiment" / f"{name}.yaml" if options.config_dir else None
+        if key == "experiment" and name.isidentifier() and name not in presets("experiment") and not _is_file(own):
+            near = difflib.get_close_matches(name, [*presets("sweep"), *presets("experiment")], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            told = f"sweeps: {', '.join(presets('sweep'))}; experiments: {', '.join(presets('experiment'))}"
+            raise ConfigError([f"'{word}' is not there: {told}{hint}"])
+    return {}, options.overrides
+
+
+def _is_file(path: Path | None) -> bool:
+    return path is not None and path.is_file()
+
+
+def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> list[Point]:
+    from moetrain.launch.local import default_processes
+    from moetrain.sweep.grid import make_grid
+
+    cluster, efficiency = _cluster(config, options)
+    return make_grid(
+        config,
+        axes,
+        make=lambda overrides: _made(options, overrides),
+        default_processes=max(1, default_processes() // config.jobs),
+        cluster=cluster,
+        efficiency=efficiency,
+    )
+
+
+def _cluster(config: SweepConfig, options: Options) -> tuple[Cluster | None, float]:
+    if config.keep not in ("memory", "time"):
+        return None, 1.0
+    from moetrain.cli.before.plan import cluster_of
+
+    return cluster_of(config.cluster, config_dir=options.config_dir)
+
+
+def _made(options: Options, overrides: Sequence[str]) -> RunConfig:
+    from moetrain.compose import compose
+    from moetrain.config.freeze import freeze
+
+    return freeze(compose(list(overrides), config_dir=options.config_dir).settings)
+
+
+def _composed(options: Options, overrides: Sequence[str]) -> RunConfig:
+    from moetrain.cli.options import settings
+
+    each = Options()
+    each.overrides, each.config_dir = list(overrides), options.config_dir
+    return settings(each)[0]
+
+
+def _prepare(opened: Sweep, options: Options) -> None:
+    """Token files, once for all runs that read the same: a fault of the text is told before anything runs."""
+    seen = set()
+    for point in opened.points.values():
+        run = _composed(options, point.overrides)
+        what = (repr(run.data), run.model.vocab_size)
+        if what not in seen:
+            seen.add(what)
+            corpus_of(run)
+
+
+def _steps(run: RunConfig) -> int:
+    from moetrain.sweep.grid import run_steps
+
+    return run_steps(run)
+
+
+def _status(words: Sequence[str]) -> int:
+    if len(words) != 1 or "=" in words[0]:
+        raise ConfigError(["sweep status takes one directory: moetrain sweep status sweeps/NAME"])
+    from moetrain.report.sweep import status_table
+    from moetrain.sweep.state import Sweep
+
+    status_table(Sweep.read(Path(words[0])))
+    return 0
