@@ -35,6 +35,7 @@ VERBS = {
     "plan": Verb("before.plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
     "data": Verb("before.data", "show what a step reads"),
     "sample": Verb("results.model", "let a trained model write"),
+    "preflight": Verb("running.preflight", "are the nodes fit for the run? go or no-go before the hours burn"),
     "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),
     "bench": Verb("before.bench", "time the MoE layer or a training step, against others'"),

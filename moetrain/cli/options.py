@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moetrain.compose import Composed
     from moetrain.config.schema import RunConfig
     from moetrain.data.build import Corpus
+    from moetrain.plan.cluster import Cluster
 
 
 class Options:
@@ -59,6 +60,24 @@ def settings(options: Options) -> tuple[RunConfig, Composed]:
     run = resolve(run, default_processes=_fitting(default_processes(), batch=run.batch.global_batch))
     check(run, flatten(to_dict(run)))
     return run, composed
+
+
+def named_cluster(name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Cluster, float]:
+    """The cluster in a file of configs/cluster, and the share of the peak that matrix products reach on it."""
+    from moetrain.compose import compose_file
+    from moetrain.plan.cluster import read_cluster
+    from moetrain.plan.published import calibrate, published_runs
+
+    def read(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Cluster:
+        return read_cluster(compose_file("cluster", name, overrides=overrides, config_dir=config_dir), name=name)
+
+    cluster = read(name, overrides, config_dir)
+    if cluster.efficiency is not None:
+        return cluster, cluster.efficiency
+    runs = published_runs()
+    clusters = {each: read(each) for each in sorted({run.cluster for run in runs})}
+    alike = [run for run in runs if clusters[run.cluster].calibrated_on == cluster.calibrated_on]
+    return cluster, calibrate(alike, clusters)
 
 
 def corpus_of(run: RunConfig) -> Corpus:

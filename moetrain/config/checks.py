@@ -27,6 +27,7 @@ CHOICES = {
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "launch.kind": ("local",),
     "checkpoint.on_failure": ("stop", "go_on"),
+    "preflight": ("auto", "full", "skip"),
     "log.wandb": ("auto", "online", "offline", "off"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.recompute": ("none", "selective", "full"),
