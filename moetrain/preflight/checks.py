@@ -113,7 +113,9 @@ def _chosen_ports(facts: NodeFacts) -> list[Port]:
     given = facts.environment.get("NCCL_IB_HCA", "")
     names = [name.strip() for name in given.lstrip("^=").split(",") if name.strip()]
     if not names:
-        return facts.ports
+        # beside InfiniBand an Ethernet port is there for something else, and the run does not go by it
+        fabric = [port for port in facts.ports if port.link_layer == "InfiniBand"]
+        return fabric or facts.ports
     is_exact = given.lstrip("^").startswith("=")
 
     def named(port: Port) -> bool:

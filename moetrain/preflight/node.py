@@ -76,6 +76,8 @@ class _Rank:
     local_rank: int
     per_node: int
     store: dist.TCPStore
+    patience: float
+    """Seconds from the first rank to the last."""
 
     @property
     def node(self) -> int:
@@ -86,7 +88,7 @@ class _Rank:
         return self.world_size // self.per_node
 
     @staticmethod
-    def join() -> _Rank:
+    def join(patience: float) -> _Rank:
         """Reach the store at MASTER_ADDR:MASTER_PORT; rank 0 keeps it, unless torchrun does."""
         environment = os.environ
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -97,7 +99,7 @@ class _Rank:
                 environment["MASTER_ADDR"],
                 int(environment["MASTER_PORT"]),
                 is_master=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-                timeout=timedelta(seconds=JOIN_SECONDS),
+                timeout=timedelta(seconds=patience),
                 wait_for_workers=False,
                 multi_tenant=True,  # so that init_process_group, later, finds this store and not a port in use
             )
@@ -107,20 +109,26 @@ class _Rank:
                 "that address one that this node has a route to, and is the port open?"
             ) from error
         local_rank = int(environment.get("LOCAL_RANK", rank % per_node))
-        return _Rank(rank=rank, world_size=world_size, local_rank=local_rank, per_node=per_node, store=store)
+        return _Rank(rank=rank, world_size=world_size, local_rank=local_rank, per_node=per_node, store=store,
+                     patience=patience)  # fmt: skip
 
     def tell(self, what: str, text: str) -> None:
         self.store.set(f"preflight/{what}", text)
 
-    def hear(self, what: str, *, seconds: float = JOIN_SECONDS) -> str:
+    def hear(self, what: str, *, times: int = 1) -> str:
+        """What another rank has told, waited for at most ``times`` the patience."""
         key = f"preflight/{what}"
-        self.store.wait([key], timedelta(seconds=seconds))
+        self.store.wait([key], timedelta(seconds=times * self.patience))
         return bytes(self.store.get(key)).decode()
 
 
-def run_rank(place: Path) -> None:
-    """One rank's part."""
-    me = _Rank.join()
+def run_rank(place: Path, *, patience: float = JOIN_SECONDS) -> None:
+    """One rank's part.
+
+    Args:
+        patience: seconds from the first rank to the last; who comes later is missing.
+    """
+    me = _Rank.join(patience)
     ports: list[Port] = []
     if me.rank % me.per_node == 0:
         with Listener() as listener:
@@ -133,7 +141,7 @@ def run_rank(place: Path) -> None:
         write_found(found, place)
         me.tell("go", in_the_way(found) or "go")
     # rank 0 waits for missing nodes and for the knocking first
-    if me.hear("go", seconds=3 * JOIN_SECONDS) == "go":
+    if me.hear("go", times=3) == "go":
         measured = _measure(read_run(place), me, ports=ports)
         if me.rank == 0:
             assert found is not None
@@ -157,11 +165,11 @@ def _look_around(me: _Rank, *, place: Path) -> Found | None:
     roll: list[NodeFacts] = []
     mark = place / f"seen-{uuid.uuid4().hex}"
     if me.rank == 0:
-        here = _arrived(me, "facts", range(me.nodes), seconds=JOIN_SECONDS)
+        here = _arrived(me, "facts", range(me.nodes), seconds=me.patience)
         roll = [node_of_json(me.hear(f"facts/{node}")) for node in here]
         mark.touch()
         me.tell("roll", json.dumps({"mark": mark.name, "doors": [[f.node, f.address, f.knock_port] for f in roll]}))
-    told = json.loads(me.hear("roll", seconds=2 * JOIN_SECONDS))
+    told = json.loads(me.hear("roll", times=2))
     clock, silent = knock_all(told["doors"], me.node)
     report = _Report(
         clock=clock,
@@ -172,9 +180,9 @@ def _look_around(me: _Rank, *, place: Path) -> Found | None:
     try:
         # my door stays open until all have knocked: rank 0 says when
         if me.rank != 0:
-            me.hear("go", seconds=3 * JOIN_SECONDS)
+            me.hear("go", times=3)
             return None
-        heard = _arrived(me, "report", [f.node for f in roll], seconds=JOIN_SECONDS)
+        heard = _arrived(me, "report", [f.node for f in roll], seconds=me.patience)
         reports = {node: freeze_section(_Report, json.loads(me.hear(f"report/{node}"))) for node in heard}
         roll = [f for f in roll if f.node in reports]
         return Found(

@@ -91,11 +91,11 @@ def read_facts(host: Host, *, node: int, place: Path, versions: Mapping[str, str
         gpudirect=_gpudirect(host) if gpus and ports else None,
         near_port=_near_port(host, ports) if gpus and ports else None,
         limits=_limits(host),
-        shm_bytes=_df(host, "/dev/shm", column=1),
+        shm_bytes=_df(host, "/dev/shm", column="size"),
         interfaces=_interfaces(host),
         host_address=_first_word(host.run(["getent", "hosts", host.name])),
         environment={key: value for key, value in sorted(host.environment.items()) if key.startswith(_PREFIXES)},
-        disk_free_bytes=_df(host, str(place), column=3),
+        disk_free_bytes=_df(host, str(place), column="free"),
         code_digest=_code_digest(),
         run_digest=_digest(place / RUN_FILE),
         stale_locks=_stale_locks(host, now=time.time()),
@@ -210,11 +210,10 @@ def _limits(host: Host) -> Limits | None:
     return Limits(locked_bytes=soft["locked memory"], open_files=soft["open files"])
 
 
-def _df(host: Host, path: str, *, column: int) -> int | None:
-    """Bytes, by the columns of ``df -Pk`` (POSIX): 1 size, 3 available."""
-    lines = (host.run(["df", "-Pk", path]) or "").splitlines()
-    cells = lines[-1].rsplit(maxsplit=5) if len(lines) > 1 else []
-    return int(cells[column]) * 1024 if len(cells) > column and cells[column].isdecimal() else None
+def _df(host: Host, path: str, *, column: str) -> int | None:
+    """Bytes, off the output of ``df -Pk`` (POSIX)."""
+    found = re.search(r"\s(?P<size>\d+)\s+\d+\s+(?P<free>\d+)\s+\d+%\s", host.run(["df", "-Pk", path]) or "")
+    return int(found[column]) * 1024 if found else None
 
 
 def _interfaces(host: Host) -> dict[str, str] | None:
