@@ -57,7 +57,7 @@ def in_the_way(found: Found) -> str | None:
         return "not all nodes are there"
     for same in SAME:
         if same.what in ("code", "settings") and len({same.value(facts) for facts in found.nodes}) > 1:
-            return f"the {same.what} differ"
+            return f"the {same.what} of the nodes differ"
     needs = Needs(nodes=len(found.nodes), processes=found.ranks_per_node, gpus=False, checkpoint_bytes=0,
                   checkpoints_kept=0)  # fmt: skip
     for rule in RULES:

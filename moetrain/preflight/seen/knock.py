@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -22,9 +22,14 @@ _TIME = struct.Struct("!d")
 
 
 class Listener:
-    """Answers every knock with this node's time, in Unix seconds, for the length of a ``with`` block."""
+    """Answers every knock with this node's time, for the length of a ``with`` block.
 
-    def __init__(self) -> None:
+    Args:
+        now: the time, in Unix seconds.
+    """
+
+    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+        self._now = now
         self._socket = socket.create_server(("", 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
 
@@ -45,7 +50,7 @@ class Listener:
                 return  # the door was closed
             with visitor, contextlib.suppress(OSError):
                 visitor.settimeout(KNOCK_SECONDS)
-                visitor.sendall(_TIME.pack(time.time()))
+                visitor.sendall(_TIME.pack(self._now()))
 
 
 def own_address(master: str) -> str:
