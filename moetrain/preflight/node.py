@@ -130,26 +130,26 @@ def run_rank(place: Path, *, patience: float = JOIN_SECONDS) -> None:
     """
     me = _Rank.join(patience)
     ports: list[Port] = []
+    found: Found | None = None
     if me.rank % me.per_node == 0:
         with Listener() as listener:
             facts = _own_facts(me, place=place, knock_port=listener.port)
             ports = facts.ports
             me.tell(f"facts/{me.node}", to_json(facts))
             found = _look_around(me, place=place)
-    if me.rank == 0:
-        assert found is not None
+    if found is not None:
         write_found(found, place)
         me.tell("go", in_the_way(found) or "go")
     # rank 0 waits for missing nodes and for the knocking first
     if me.hear("go", times=3) == "go":
         measured = _measure(read_run(place), me, ports=ports)
-        if me.rank == 0:
-            assert found is not None
+        if found is not None:
             write_found(replace(found, measured=measured), place)
     me.tell(f"bye/{me.rank}", "")
-    if me.rank == 0:
+    if found is not None:
         # who keeps the store leaves last
-        _arrived(me, "bye", range(me.world_size), seconds=10.0)
+        here = [facts.node * me.per_node + n for facts in found.nodes for n in range(me.per_node)]
+        _arrived(me, "bye", here, seconds=10.0)
 
 
 def _own_facts(me: _Rank, *, place: Path, knock_port: int) -> NodeFacts:
