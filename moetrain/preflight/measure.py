@@ -183,8 +183,10 @@ class _Bench:
         self._swap(sent, received, partner)
 
     def _swap(self, sent: Tensor, received: Tensor, partner: int) -> Tensor:
+        # receive first: gloo's word that a buffer is ready would else queue behind our own data, and the two directions
+        # would take turns
         works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
+            [dist.P2POp(dist.irecv, received, partner), dist.P2POp(dist.isend, sent, partner)]
         )
         for work in works:
             work.wait()
