@@ -162,6 +162,9 @@ SAME = (
 SPEEDS = {
     "matrix products": Speed(0.7, 0.5, "all ranks wait for the slowest GPU",
                              "leave the node out (hostfile.good), and have it looked after"),
+    # a processor is shared with all else that runs there: no fault of it
+    "matrix products on a CPU": Speed(0.7, 0.0, "all ranks wait for the slowest process",
+                                      "see what else runs on the node, or start fewer processes"),
     "link": Speed(0.7, 0.5, "a collective is as fast as its slowest link",
                   "leave the node out (hostfile.good); see cable, port and switch of this link"),
     # names nobody: the part at fault has a line of its own, and a small message is all latency

@@ -239,18 +239,19 @@ class _Judge:
     def _matmul(self) -> Iterator[Line]:
         values = self.measured.matmul
         wanted = self.stated and self.stated.cluster.peak_flops(self.dtype) * self.stated.efficiency
-        slow, speed = False, SPEEDS["matrix products"]
+        what = "matrix products on a CPU" if self.measured.device == "cpu" else "matrix products"
+        slow, speed = False, SPEEDS[what]
         for rank, value in enumerate(values):
             expected = wanted or median_of_others(values, rank)
-            verdict = _verdict("matrix products", value, expected)
+            verdict = _verdict(what, value, expected)
             if verdict != GO:
                 slow = True
-                yield Line(what="matrix products", verdict=verdict, where=self._rank_name(rank),
+                yield Line(what=what, verdict=verdict, where=self._rank_name(rank),
                            found=f"{_si(value)}FLOP/s, {self._share(value, expected)}",
                            node=rank // self.found.ranks_per_node,
                            reason=speed.reason, remedy=speed.remedy)  # fmt: skip
         if not slow:
-            yield Line(what="matrix products", verdict=GO, where=f"{len(values)} ranks",
+            yield Line(what=what, verdict=GO, where=f"{len(values)} ranks",
                        found=f"{_si(min(values))}FLOP/s or more each")  # fmt: skip
 
     def _collectives(self) -> Iterator[Line]:

@@ -97,7 +97,13 @@ def test_the_verb_looks_measures_and_leaves_its_report(moetrain_in_process: Call
     assert f"preflight: {report['verdict']} (" in done.stdout
     assert "what the plan counts on (cpu)" in done.stdout
     named = {line["what"] for line in report["lines"]}
-    assert {"settings", "matrix products", "all-reduce", "all-to-all of the experts", "disk for a checkpoint"} <= named
+    assert {
+        "settings",
+        "matrix products on a CPU",
+        "all-reduce",
+        "all-to-all of the experts",
+        "disk for a checkpoint",
+    } <= named
     assert named & {"link", "links"}
     facts = report["found"]["nodes"][0]
     assert (facts["software"]["torch"], facts["gpus"]) == (torch.__version__, None)

@@ -88,6 +88,13 @@ def test_a_gpu_a_little_slower_is_a_warning():
     assert nodes_to_leave_out([line]) == []
 
 
+def test_a_slow_process_on_a_cpu_is_a_warning_at_most():
+    rates = [60e9] * 8
+    rates[5] = 10e9
+    (line,) = graver(found(device="cpu", matmul=rates))
+    assert (line.verdict, line.where) == (WARN, "host2, process 1")
+
+
 def test_a_slow_link_is_named_by_both_its_ends():
     (line,) = graver(found(links=links(4, slow={(1, 3): 10 * GB})))
     assert (line.verdict, line.where, line.link, line.node) == (NO_GO, "host1 - host3", (1, 3), None)
