@@ -108,7 +108,7 @@ class TestHelp:
             if verb in ("train", "prepare"):
                 done = moetrain_in_process("train", *words, *([] if "--dry-run" in words else ["--dry-run"]))
                 assert (done.returncode, done.stderr) == (0, ""), line
-            elif verb == "verify":
+            elif verb in ("verify", "preflight"):
                 assert moetrain_in_process(verb, *words, "--dry-run").returncode == 0, line
             elif verb in ("config", "plan"):
                 assert moetrain_in_process(verb, *words).returncode == 0, line

@@ -62,7 +62,11 @@ def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
         return
     assert words[0] == "moetrain", f"{page}: no test knows how to run {line!r}"
     # what starts processes has its own tests; here its settings are composed and checked as they stand
-    extra = ["--dry-run"] if words[1] in ("train", "verify", "bench", "sweep") and "--dry-run" not in words else []
+    extra = (
+        ["--dry-run"]
+        if words[1] in ("train", "verify", "bench", "sweep", "preflight") and "--dry-run" not in words
+        else []
+    )
     extra = [] if words[2:3] in (["status"], ["predict"]) else extra
     assert main([*words[1:], *extra]) == 0, capsys.readouterr().err
 

@@ -41,6 +41,7 @@ VERBS = {
     "evaluate": Verb("results.evaluate", "held-out loss and experts by source, tasks of the harness"),
     "surgery": Verb("results.surgery", "a dense model to a sparse one, more experts, fewer"),
     "sample": Verb("results.model", "let a trained model write"),
+    "preflight": Verb("running.preflight", "are the nodes fit for the run? go or no-go before the hours burn"),
     "verify": Verb("before.verify", "does the run train the same on every layout? (small, on CPU)"),
     "checkpoint": Verb("results.checkpoint", "list, examine, compare and remove what was saved"),
     "sweep": Verb("running.sweep", "many runs, one answer: a grid at equal compute, scaling laws"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moetrain.compose import Composed
     from moetrain.config.schema import RunConfig
     from moetrain.data.build import Corpus
+    from moetrain.plan.cluster import Cluster
 
 Section = TypeVar("Section")
 
@@ -62,6 +63,16 @@ def settings(options: Options) -> tuple[RunConfig, Composed]:
     run = resolve(run, default_processes=_fitting(default_processes(), batch=run.batch.global_batch))
     check(run, flatten(to_dict(run)))
     return run, composed
+
+
+def named_cluster(name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Cluster, float]:
+    """The cluster in a file of configs/cluster, and the share of the peak that matrix products reach on it."""
+    from moetrain.compose import compose_file
+    from moetrain.plan.cluster import known_clusters, read_cluster
+    from moetrain.plan.published import efficiency_on
+
+    cluster = read_cluster(compose_file("cluster", name, overrides=overrides, config_dir=config_dir), name=name)
+    return cluster, efficiency_on(cluster, known_clusters())
 
 
 def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:

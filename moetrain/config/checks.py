@@ -30,6 +30,7 @@ CHOICES = {
     "prepare.tokenizer_kind": ("bpe", "unigram"),
     "launch.kind": ("local",),
     "checkpoint.on_failure": ("stop", "go_on"),
+    "preflight": ("auto", "full", "skip"),
     "log.wandb": ("auto", "online", "offline", "off"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.recompute": ("none", "selective", "full"),

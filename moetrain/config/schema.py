@@ -322,6 +322,9 @@ class RunConfig:
     """Directory of everything the run writes. null: runs/NAME."""
     seed: int = 1234
     """Weights and data order are pure functions of it."""
+    preflight: str = "auto"
+    """What is checked before the first step: full (each node's facts, then speeds), skip, or auto: full, and on one
+    machine without GPUs its facts alone, without a word where all is well."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

@@ -158,15 +158,26 @@ def _all_to_all(
     layers = sum(is_moe_block(model, block=block) for block in range(model.num_layers))
     # there and back, forward and backward; fully recomputed blocks send once more
     trips = layers * (6 if layout.recompute == "full" else 4)
-    in_node = min(size, cluster.gpus_per_node)
     sent = tokens * moe.top_k * model.d_model * (2 if model.dtype == "bf16" else 4) * imbalance
+    near, far = all_to_all_seconds(sent, size=size, cluster=cluster)
+    return trips * near, trips * max(0.0, far - near)
+
+
+def all_to_all_seconds(sent: float, *, size: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of one all-to-all among neighbours over NVLink, and meanwhile over the network, 0 inside a node.
+
+    Args:
+        sent: bytes from each device, with those that it keeps.
+        size: devices.
+    """
+    in_node = min(size, cluster.gpus_per_node)
     near = LATENCY["node"] * math.log2(max(2, in_node)) + sent * (in_node - 1) / size / _link(
         cluster.nvlink_gb_per_second
     )
     if size <= cluster.gpus_per_node:
-        return trips * near, 0.0
+        return near, 0.0
     far = LATENCY["network"] * math.log2(size) + sent * (size - in_node) / size / _link(cluster.network_gb_per_second)
-    return trips * near, trips * max(0.0, far - near)
+    return near, far
 
 
 def _weights_and_gradients(
@@ -187,7 +198,7 @@ def _weights_and_gradients(
         if size == 1 or not numel:
             gradients.append(0.0)
             continue
-        latency, per_byte = _ring(size=size, stride=stride, cluster=cluster)
+        latency, per_byte = ring(size=size, stride=stride, cluster=cluster)
         waits = model.num_layers * latency  # a call for each block
         gradients.append(often * (waits + ways * conditions.gradient_bytes * numel * per_byte))
         if layout.zero_stage == 3:
@@ -197,7 +208,7 @@ def _weights_and_gradients(
     return gradients[0], gradients[1], gathers
 
 
-def _ring(*, size: int, stride: int, cluster: Cluster) -> tuple[float, float]:
+def ring(*, size: int, stride: int, cluster: Cluster) -> tuple[float, float]:
     """Seconds before the first byte, and for each byte that goes once around ``size`` devices, ``stride`` apart."""
     in_node = max(1, min(size, cluster.gpus_per_node // stride))
     latency, bandwidth = LATENCY["node"], cluster.nvlink_gb_per_second

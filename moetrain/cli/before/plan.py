@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.options import Options
+from moetrain.cli.options import Options, named_cluster
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from moetrain.config.schema import ModelConfig
-    from moetrain.plan.cluster import Cluster
     from moetrain.plan.search import Plan
 
 HELP = {
@@ -92,7 +91,7 @@ def plan(words: Sequence[str]) -> int:
     from moetrain.report.plan import plan_screen
 
     asked_for = _model(options)
-    cluster, efficiency = _cluster(asked, options)
+    cluster, efficiency = named_cluster(asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
     question = Question(
         model=asked_for.model,
         sequence_length=asked_for.sequence_length,
@@ -169,7 +168,7 @@ def _compare(words: Sequence[str]) -> int:
     from moetrain.plan.published import own_run
     from moetrain.report.plan import comparison_screen
 
-    cluster, efficiency = _cluster(asked, options)
+    cluster, efficiency = named_cluster(asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
     runs = [own_run(read_run(each), read_metrics(each / "metrics.jsonl"), cluster=asked.cluster) for each in run_dirs]
     comparison_screen(runs, cluster, name=asked.cluster, efficiency=efficiency)
     return 0
@@ -227,20 +226,6 @@ def _model(options: Options) -> _Model:
         choices={group: composed.choices[group] for group in ("model", "model/moe") if group in composed.choices},
         settings=settings,
     )
-
-
-def _cluster(asked: _Asked, options: Options) -> tuple[Cluster, float]:
-    return cluster_of(asked.cluster, overrides=asked.cluster_overrides, config_dir=options.config_dir)
-
-
-def cluster_of(name: str, *, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Cluster, float]:
-    """The cluster, and the share of the peak that matrix products reach on it."""
-    from moetrain.compose import compose_file
-    from moetrain.plan.cluster import known_clusters, read_cluster
-    from moetrain.plan.published import efficiency_on
-
-    cluster = read_cluster(compose_file("cluster", name, overrides=overrides, config_dir=config_dir), name=name)
-    return cluster, efficiency_on(cluster, known_clusters())
 
 
 def _tokens(asked: _Asked, model: ModelConfig) -> float:

@@ -136,10 +136,10 @@ def _preset(directory: Path, run: RunConfig, options: Options) -> tuple[str, Run
 
 
 def _planned(run: RunConfig, lines: Sequence[dict[str, Any]], name: str, options: Options) -> float:
-    from moetrain.cli.before.plan import cluster_of
+    from moetrain.cli.options import named_cluster
     from moetrain.plan.published import own_run
 
-    cluster, efficiency = cluster_of(name, config_dir=options.config_dir)
+    cluster, efficiency = named_cluster(name, config_dir=options.config_dir)
     own = own_run(run, lines, cluster=name)
     return own.predicted(cluster, efficiency=efficiency) * own.layout.gpus
 

@@ -60,8 +60,8 @@ def _rounds(directory: Path, config: SweepConfig, ask: Ask, *, trials: int, spac
     best = min(results, key=lambda name: results[name].loss)
     run = next(run for run in opened.runs if run.name == best)
     pairs = (override.partition("=") for override in opened.points[run.point].overrides)
-    values = {name: value for name, _, value in pairs}
-    found = [f"{name}={values[name]}" for name in space]
+    reached = {name: value for name, _, value in pairs}
+    found = [f"{name}={reached[name]}" for name in space]
     print(f"best of {len(results)} runs: {' '.join(found)}, loss {results[best].loss:.4f}")
     return 0
 

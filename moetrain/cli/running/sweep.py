@@ -219,9 +219,9 @@ def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> li
 def _cluster(config: SweepConfig, options: Options) -> tuple[Cluster | None, float]:
     if config.keep not in ("memory", "time"):
         return None, 1.0
-    from moetrain.cli.before.plan import cluster_of
+    from moetrain.cli.options import named_cluster
 
-    return cluster_of(config.cluster, config_dir=options.config_dir)
+    return named_cluster(config.cluster, config_dir=options.config_dir)
 
 
 def _made(options: Options, overrides: Sequence[str]) -> RunConfig:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetrain.cli.options import Options, corpus_of, opening_of, settings
 from moetrain.cli.results.model import write
+from moetrain.cli.running.preflight import NO_GO_CODE, before_training
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
@@ -74,6 +75,8 @@ def train(words: Sequence[str]) -> int:
         else:
             print(screen.plan_text(run), flush=True)
             _fetch_newest(remote, run, run_dir)
+            if not before_training(run, run_dir):
+                return NO_GO_CODE
             from moetrain.launch.local import run_local
 
             if run_local(run_dir, processes=run.launch.processes or 1).stopped:
