@@ -78,7 +78,8 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
         run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
         batch=replace(run.batch, micro_batch=micro_batch, sequence_length=length),
         launch=replace(run.launch, processes=processes),
-        watch=run.watch if run.watch.hang_seconds is not None
+        watch=run.watch
+        if run.watch.hang_seconds is not None
         else replace(run.watch, hang_seconds=run.launch.timeout_seconds / 2),
         parallel=replace(run.parallel, expert_parallel=expert_parallel),
     )
@@ -338,8 +339,8 @@ def _watch(run: RunConfig) -> Iterator[str]:
     timeout, watch = run.launch.timeout_seconds, run.watch
     if watch.hang_seconds is not None and watch.hang_seconds >= timeout:
         yield (
-            f"watch.hang_seconds is {watch.hang_seconds:g}, but must be less than launch.timeout_seconds, {timeout}, or "
-            f"the collective fails before the culprit is named: use {timeout // 2}, or a longer timeout"
+            f"watch.hang_seconds is {watch.hang_seconds:g}, but must be less than launch.timeout_seconds, {timeout}, "
+            f"or the collective fails before the culprit is named: use {timeout // 2}, or a longer timeout"
         )
     if watch.straggler_ratio <= 1:
         yield f"watch.straggler_ratio is {watch.straggler_ratio:g}, but must be above 1: use 1.5"

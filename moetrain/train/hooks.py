@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from moetrain.checkpoint.saver import Outcome, Saver
 from moetrain.checkpoint.state import Fragment
 from moetrain.checkpoint.store import Manifest
-from moetrain.errors import CheckpointError, TrainingError
+from moetrain.errors import CheckpointError
 from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.metrics.speed import Speed
+from moetrain.model.objective import Losses
+from moetrain.parallel.progress import Progress
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.loop import StepResult, TrainState
 
@@ -26,10 +29,14 @@ Record = Callable[[dict[str, Any]], None]
 
 
 class Clock:
-    """Time spent on training steps alone."""
+    """Time spent on training steps alone.
 
-    def __init__(self) -> None:
-        self._since = time.monotonic()
+    Args:
+        progress: told what happens in the pauses.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._since, self._progress = time.monotonic(), progress
 
     def lap(self) -> float:
         """Seconds since the last lap, without the pauses."""
@@ -38,10 +45,11 @@ class Clock:
         return seconds
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, task: str) -> Iterator[None]:
         """What happens inside is not training."""
         begun = time.monotonic()
-        yield
+        with self._progress.during(task):
+            yield
         self._since += time.monotonic() - begun
 
 
@@ -73,6 +81,7 @@ class LogHook:
         every_steps: int,
         steps: int,
         speed: Speed,
+        device: torch.device,
         meter: LoadMeter | None,
         group: dist.ProcessGroup,
         record: Record,
@@ -81,7 +90,7 @@ class LogHook:
     ) -> None:
         self._every, self._steps, self._clock = every_steps, steps, clock
         self._speed, self._meter, self._group = speed, meter, group
-        self._record, self._bar = record, bar
+        self._record, self._bar, self._device = record, bar, device
         self._losses: list[Tensor] = []
         self._result: StepResult | None = None
         self._note = ""
@@ -94,8 +103,8 @@ class LogHook:
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         self._result = result
-        self._losses.append(torch.stack([losses.language for losses in result.micro_batches]).mean())
-        if self._meter is not None:
+        self._losses.append(_mean_loss(result.micro_batches, device=self._device))
+        if self._meter is not None and not result.skipped:
             for losses in result.micro_batches:
                 for layer, load in enumerate(losses.load):
                     self._meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
@@ -104,6 +113,13 @@ class LogHook:
         if state.step % self._every == 0 or state.step == self._steps:
             self.flush(state)
         self._bar.advance_to(state.step, note=self._note)
+
+    def go_back(self, state: TrainState) -> None:
+        """Forget the steps since the last line: the run has gone back. Every rank calls it."""
+        self._losses.clear()
+        if self._meter is not None:
+            self._meter.read(self._group)
+        self.start(state)
 
     def flush(self, state: TrainState) -> None:
         """Write the steps since the last line, if there are any."""
@@ -114,13 +130,15 @@ class LogHook:
         losses = torch.stack(self._losses)
         dist.all_reduce(losses, group=self._group)
         step_losses = (losses / dist.get_world_size(self._group)).tolist()
+        finite = [loss for loss in step_losses if math.isfinite(loss)]
         self._losses.clear()
         speed = self._speed.update(state.tokens - self._tokens_then, self._clock.lap())
         self._tokens_then = state.tokens
         line = {
             "step": state.step,
             "tokens": state.tokens,
-            "loss": sum(step_losses) / len(step_losses),
+            # of the steps that have one: a step that was left out or whose loss is no number has none
+            "loss": sum(finite) / len(finite) if finite else float("nan"),
             "step_losses": step_losses,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -137,11 +155,12 @@ class LogHook:
                 note += f"  {dead} dead experts"
         self._record(line)
         self._note = note
-        if any(loss != loss or loss == float("inf") for loss in step_losses):
-            raise TrainingError(
-                f"the loss is {line['loss']} at step {state.step}: lower optim.lr or lengthen schedule.warmup_steps; "
-                "the same command resumes from the newest checkpoint"
-            )
+
+
+def _mean_loss(micro_batches: Sequence[Losses], *, device: torch.device) -> Tensor:
+    if not micro_batches:
+        return torch.full((), float("nan"), device=device)
+    return torch.stack([losses.language for losses in micro_batches]).mean()
 
 
 class EvaluateHook:
@@ -168,7 +187,7 @@ class EvaluateHook:
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if self._every is None or state.step % self._every or state.step == self._steps:
             return
-        with self._clock.pause():
+        with self._clock.pause("evaluating"):
             found = self._evaluate()
         self._newest = (state.step, found.loss)
         self._record(evaluation_fields(found, state=state))
@@ -251,23 +270,29 @@ class SaveHook:
         if self._begun_step == state.step:
             return
         self._flush(state)
-        with self._clock.pause():
+        with self._clock.pause("saving"):
             self._tell(self._saver.wait())
             self._saver.begin(self._fragments(), manifest=self._manifest(state))
             if not self._saver.asynchronous:
                 self._tell(self._saver.wait())
         self._begun_step, self._last = state.step, time.monotonic()
 
-    def finish(self) -> None:
-        """Wait for the save in flight; there is none to come that could make up for it.
+    def finish(self, state: TrainState) -> None:
+        """Save where the run stops, and wait for it; there is no save to come that could make up for this one.
 
         Raises:
             CheckpointError: on every rank; it failed.
         """
+        if state.step < self._steps:
+            self.save(state)
         self._go_on = False
         self._tell(self._saver.wait())
         if self._failure is not None:
             raise self._failure
+
+    def go_back(self) -> None:
+        """The run has gone back: steps that were saved come again."""
+        self._begun_step = -1
 
     def settle(self) -> None:
         """Let the save in flight end, whatever becomes of it: something worse is on its way to the user."""

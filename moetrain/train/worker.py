@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,16 +32,21 @@ from moetrain.data.loader import Ahead, Batches
 from moetrain.data.packing import Packing
 from moetrain.errors import MoetrainError
 from moetrain.metrics.console import WorkBar
-from moetrain.metrics.log import MetricsLog, open_wandb
+from moetrain.metrics.log import MetricsLog, WandbLog, open_wandb
 from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
+from moetrain.parallel.progress import TRAINING, Progress
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
-from moetrain.train.hooks import Clock, EvaluateHook, LogHook, Record, SaveHook, evaluation_fields
+from moetrain.train.hooks import Clock, EvaluateHook, LogHook, SaveHook, evaluation_fields
 from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
 from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batches
+from moetrain.watch.guard import Guard
+from moetrain.watch.incidents import Incidents, Tell, silence
+from moetrain.watch.rank import OwnTime, watched
+from moetrain.watch.rollback import GoBack, LeftOut, updates_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,8 @@ class Parts:
     batches: Batches
     packing: Packing
     engine: Engine
+    progress: Progress
+    left_out: LeftOut
 
     @property
     def is_first(self) -> bool:
@@ -68,13 +76,19 @@ def run_rank(run_dir: Path) -> bool:
     Returns:
         Whether the run is at its end; False: it stopped because it was asked to.
     """
+    begun = time.monotonic()
     run = read_run(run_dir)
+    progress = Progress()
     groups = process_groups.start(
         expert_parallel=run.parallel.expert_parallel or 1,
         timeout_seconds=run.launch.timeout_seconds,
         two_level=run.parallel.two_level_all_to_all,
+        progress=progress,
     )
-    stop = StopRequest(groups.control)
+    stop = StopRequest()
+    limit = run.launch.stop_after_minutes
+    if limit is not None:
+        stop.also(lambda: time.monotonic() - begun > 60 * limit)
     sizes = Sizes.of(run, world_size=groups.topology.world_size)
     corpus = open_corpus(run.data)
     engine = build_engine(
@@ -92,50 +106,80 @@ def run_rank(run_dir: Path) -> bool:
         batches=make_batches(run, corpus),
         packing=corpus.packing(run.data),
         engine=engine,
+        progress=progress,
+        left_out=resume.from_first(lambda: LeftOut.read(run_dir), group=groups.control),
     )
-    state, resumed_from = _restore(parts)
+    with watched(engine.gpt, run.watch, run_dir=run_dir, groups=groups, progress=progress) as own_time:
+        return _run(parts, stop=stop, own_time=own_time)
 
-    if parts.is_first:
-        # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
-        logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
-    log = MetricsLog(run_dir, resume_step=state.step) if parts.is_first else None
-    wandb = (
-        open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name), config=to_dict(run))
-        if parts.is_first
-        else None
-    )
 
-    def record(line: dict[str, Any]) -> None:
-        for each in (log, wandb):
+@dataclass(frozen=True)
+class Numbers:
+    """Where the metrics go; nowhere on every rank but the first."""
+
+    log: MetricsLog | None = None
+    wandb: WandbLog | None = None
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Write one line."""
+        for each in (self.log, self.wandb):
             if each is not None:
                 each.write(line)
 
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps; what is on Weights & Biases is drawn over."""
+        if self.log is not None:
+            self.log.go_back(step)
+
+
+def _run(parts: Parts, *, stop: StopRequest, own_time: OwnTime | None) -> bool:
+    run, run_dir, sizes = parts.run, parts.run_dir, parts.sizes
+    state, found = _restore(parts)
+    numbers = Numbers()
+    if parts.is_first:
+        # this rank's stderr is a log file; what our own modules warn of is for the person at the terminal
+        logging.getLogger("moetrain").addHandler(logging.StreamHandler(sys.stdout))
+        numbers = Numbers(
+            MetricsLog(run_dir, resume_step=state.step),
+            open_wandb(run_dir, mode=run.log.wandb, project=run.log.wandb_project, name=str(run.name),
+                       config=to_dict(run)),
+        )  # fmt: skip
     evaluator = _evaluator(parts)
     if state.step < sizes.steps:
         with WorkBar("train", total=sizes.steps, unit="steps", done=state.step, shown=parts.is_first) as bar:
-            if resumed_from:
-                bar.say(f"resumed from {resumed_from} at step {state.step:,}")
-            _train(parts, state, evaluator=evaluator, stop=stop, record=record, bar=bar)
+            if found is not None:
+                bar.say(f"resumed from {found[0]} at step {state.step:,}")
+            _train(parts, state, found, evaluator=evaluator, stop=stop, own_time=own_time, numbers=numbers, bar=bar)
     finished = state.step >= sizes.steps
     if finished:
-        record(evaluation_fields(evaluator.all_of_it(), state=state) | {"final": True})
-    if wandb is not None:
-        wandb.close()
+        with parts.progress.during("evaluating"):
+            numbers.record(evaluation_fields(evaluator.all_of_it(), state=state) | {"final": True})
+    if numbers.wandb is not None:
+        numbers.wandb.close()
     return finished
 
 
 def _train(
-    parts: Parts, state: TrainState, *, evaluator: Evaluator, stop: StopRequest, record: Record, bar: WorkBar
+    parts: Parts,
+    state: TrainState,
+    found: resume.Found | None,
+    *,
+    evaluator: Evaluator,
+    stop: StopRequest,
+    own_time: OwnTime | None,
+    numbers: Numbers,
+    bar: WorkBar,
 ) -> None:
-    run, groups, sizes = parts.run, parts.groups, parts.sizes
-    clock = Clock()
+    run, groups, sizes, progress = parts.run, parts.groups, parts.sizes, parts.progress
+    clock = Clock(progress)
     log = LogHook(
         every_steps=run.log.every_steps,
         steps=sizes.steps,
         speed=make_speed(run, groups=groups, sizes=sizes),
+        device=groups.device,
         meter=make_meter(run, groups.device, dead_after=run.log.dead_after_steps),
         group=groups.world,
-        record=record,
+        record=numbers.record,
         bar=bar,
         clock=clock,
     )
@@ -143,36 +187,69 @@ def _train(
         every_steps=run.evaluate.every_steps,
         steps=sizes.steps,
         evaluate=evaluator.some_of_it,
-        record=record,
+        record=numbers.record,
         bar=bar,
         clock=clock,
     )
-    save = _save_hook(parts, flush=log.flush, loss_at=evaluation.loss_at, stop=stop, bar=bar, clock=clock)
+    tell = Incidents(parts.run_dir, say=bar.say).add if parts.is_first else silence
+    guard = Guard(run.watch, group=groups.control, asked=stop, left_out=parts.left_out, progress=progress, tell=tell,
+                  device=groups.device)  # fmt: skip
+    guard.restore(found[1].watch.get("guard", {}) if found else {})
+    save = _save_hook(parts, guard, flush=log.flush, loss_at=evaluation.loss_at, stop=stop, bar=bar, clock=clock)
     plan = Plan(
         steps=sizes.steps,
         schedule=make_schedule(run, sizes=sizes),
-        batch=_batch_reader(parts),
+        batch=_batch_reader(parts, own_time),
         tokens_per_step=sizes.tokens_per_step,
         seed=run.seed,
         hooks=(log, evaluation, save),
-        stop=stop,
+        watch=guard,
+        go_back=_go_back(parts, guard, save=save, log=log, numbers=numbers, tell=tell),
+        progress=progress,
     )
     log.start(state)
+    progress.task = TRAINING
     try:
         train(parts.engine, plan=plan, state=state, rank=groups.topology.rank)
     except MoetrainError:
         # all ranks have it, and the checkpoint that is being written is the one to go on from
         save.settle()
         raise
-    if state.step < sizes.steps:
-        save.save(state)
-    save.finish()
+    with progress.during("saving"):
+        save.finish(state)
     if state.step < sizes.steps:
         bar.say(f"saved at step {state.step:,}")
 
 
+def _go_back(parts: Parts, guard: Guard, *, save: SaveHook, log: LogHook, numbers: Numbers, tell: Tell) -> GoBack:
+    def load(directory: Path, manifest: store.Manifest) -> None:
+        checkpoint_state.load(directory, parts.engine.fragments(), group=parts.groups.control)
+        parts.engine.loaded(updates=updates_of(manifest))
+        guard.restore(manifest.watch.get("guard", {}))
+
+    def forget(state: TrainState) -> None:
+        save.go_back()
+        numbers.go_back(state.step)
+        log.go_back(state)
+
+    remote = parts.run.checkpoint.remote
+    return GoBack(
+        parts.run_dir,
+        progress=parts.progress,
+        is_first=parts.is_first,
+        left_out=parts.left_out,
+        settle=save.settle,
+        find=lambda accept: _find(parts, accept=accept),
+        load=load,
+        forget=forget,
+        remote=None if remote is None else Remote(remote),
+        tell=tell,
+    )
+
+
 def _save_hook(
     parts: Parts,
+    guard: Guard,
     *,
     flush: Callable[[TrainState], None],
     loss_at: Callable[[int], float | None],
@@ -197,7 +274,7 @@ def _save_hook(
         flush=flush,
         saver=saver,
         fragments=parts.engine.fragments,
-        manifest=lambda now: _manifest(parts, now, held_out_loss=loss_at(now.step)),
+        manifest=lambda now: _manifest(parts, now, guard, held_out_loss=loss_at(now.step)),
         go_on=given.on_failure == "go_on",
         warn=bar.say,
         control=parts.groups.control,
@@ -205,26 +282,30 @@ def _save_hook(
     )
 
 
-def _restore(parts: Parts) -> tuple[TrainState, str]:
+def _restore(parts: Parts) -> tuple[TrainState, resume.Found | None]:
     """Fill the engine from the newest whole checkpoint, if there is one; every rank takes the same one."""
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}", flush=True)
-
-    run, control = parts.run, parts.groups.control
-    root = parts.run_dir / "checkpoints"
-    found = resume.find(root, run=run, data=parts.corpus.digests(), group=control, warn=warn)
+    found = _find(parts, accept=parts.left_out.allows)
     if found is None:
-        return TrainState(), ""
+        return TrainState(), None
     directory, manifest = found
-    checkpoint_state.load(directory, parts.engine.fragments(), group=control)
-    parts.engine.loaded(step=manifest.step)
+    parts.left_out.join(manifest.watch.get("left_out", {}))
+    checkpoint_state.load(directory, parts.engine.fragments(), group=parts.groups.control)
+    parts.engine.loaded(updates=updates_of(manifest))
     now = _certificate(parts, step=manifest.step)
-    resume.hold_certificate(found, now, group=control, trust=run.resume.trust, warn=warn)
-    return TrainState(step=manifest.step, tokens=manifest.tokens), str(directory)
+    resume.hold_certificate(found, now, group=parts.groups.control, trust=parts.run.resume.trust, warn=_warn)
+    return TrainState(step=manifest.step, tokens=manifest.tokens, updates=updates_of(manifest)), found
 
 
-def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -> store.Manifest:
+def _find(parts: Parts, *, accept: Callable[[store.Manifest], bool]) -> resume.Found | None:
+    root, data = parts.run_dir / "checkpoints", parts.corpus.digests()
+    return resume.find(root, run=parts.run, data=data, group=parts.groups.control, warn=_warn, accept=accept)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", flush=True)
+
+
+def _manifest(parts: Parts, state: TrainState, guard: Guard, *, held_out_loss: float | None) -> store.Manifest:
     topology = parts.groups.topology
     return store.Manifest(
         step=state.step,
@@ -237,6 +318,8 @@ def _manifest(parts: Parts, state: TrainState, *, held_out_loss: float | None) -
         files=[],
         held_out_loss=held_out_loss,
         certificate=_certificate(parts, step=state.step),
+        updates=state.updates,
+        watch={"guard": guard.state(), "left_out": parts.left_out.content()},
     )
 
 
@@ -259,7 +342,7 @@ def _certificate(parts: Parts, *, step: int) -> Certificate:
     )
 
 
-def _batch_reader(parts: Parts) -> Callable[[int], Sequence[MicroBatch]]:
+def _batch_reader(parts: Parts, own_time: OwnTime | None) -> Callable[[int], Sequence[MicroBatch]]:
     def read(step: int) -> Sequence[MicroBatch]:
         return micro_batches(
             parts.batches,
@@ -270,7 +353,8 @@ def _batch_reader(parts: Parts) -> Callable[[int], Sequence[MicroBatch]]:
             device=parts.groups.device,
         )
 
-    return Ahead(read, steps=parts.sizes.steps)
+    ahead = Ahead(read, steps=parts.sizes.steps)
+    return ahead if own_time is None else lambda step: own_time.read_batch(step, ahead)
 
 
 def _evaluator(parts: Parts) -> Evaluator:

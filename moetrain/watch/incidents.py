@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from moetrain.errors import DataError
 
@@ -31,6 +32,16 @@ class Incident:
     """What happened."""
     done: str
     """What was done about it."""
+
+
+class Tell(Protocol):
+    """Writes an incident down: ``Incidents.add``, or ``silence`` on every rank but the first."""
+
+    def __call__(self, kind: str, *, step: int | None, rank: int | None, what: str, done: str) -> None: ...
+
+
+def silence(kind: str, *, step: int | None, rank: int | None, what: str, done: str) -> None:
+    """For the ranks that come to the same answer as the one that tells."""
 
 
 class Incidents:
