@@ -62,8 +62,8 @@ MAY_IMPORT = {
 }
 NO_TORCH = ("cli", "compose", "config", "plan", "launch", "report", "data", "prepare", "instruct", "errors",
             "checkpoint.store", "checkpoint.certificate", "checkpoint.remote", "parallel.topology",
-            "parallel.lifeline", "parallel.progress", "parallel.seeds", "watch.incidents", "watch.board",
-            "watch.stragglers", "watch.hang", "train.schedule",
+            "parallel.lifeline", "parallel.seeds", "watch.incidents", "watch.board",
+            "watch.progress", "watch.hang", "train.schedule",
             "metrics.log", "metrics.speed", "metrics.console", "bench.settings",
             "verify.layouts", "verify.shrink", "verify.spec")  # fmt: skip
 ONLY_IN = {

@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.parallel.progress import Progress
+
+class Watcher(Protocol):
+    """Is told when a rank begins to wait for others, and when it no longer does."""
+
+    def enter(self, collective: str) -> None: ...
+
+    def leave(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,24 +60,24 @@ class OneLevel:
     """Every rank sends to every rank of the group.
 
     Args:
-        progress: told before and after each exchange; None: nobody watches.
+        watcher: told before and after each exchange; None: nobody watches.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, progress: Progress | None = None) -> None:
-        self._group, self._progress = group, progress
+    def __init__(self, group: dist.ProcessGroup, *, watcher: Watcher | None = None) -> None:
+        self._group, self._watcher = group, watcher
         self.ranks = dist.get_world_size(group)
 
     def plan(self, sent_Pe: Tensor) -> Trip:
-        received_Pe = _swap(sent_Pe, self._group, self._progress)
+        received_Pe = _swap(sent_Pe, self._group, self._watcher)
         # one wait for the device, for both lists: the all-to-all's arguments must be on the host
         sent, received = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()
         return Trip(received_Pe=received_Pe, sent=sent, received=received, between=[])
 
     def there(self, x_ND: Tensor, trip: Trip) -> Tensor:
-        return all_to_all_rows(x_ND, sent=trip.sent, received=trip.received, group=self._group, progress=self._progress)
+        return all_to_all_rows(x_ND, sent=trip.sent, received=trip.received, group=self._group, watcher=self._watcher)
 
     def back(self, y_RD: Tensor, trip: Trip) -> Tensor:
-        return all_to_all_rows(y_RD, sent=trip.received, received=trip.sent, group=self._group, progress=self._progress)
+        return all_to_all_rows(y_RD, sent=trip.received, received=trip.sent, group=self._group, watcher=self._watcher)
 
 
 class TwoLevel:
@@ -85,20 +91,18 @@ class TwoLevel:
     Args:
         inside: the ranks of this node, in order.
         across: the ranks at this place in every node, in order of the nodes.
-        progress: as ``OneLevel``.
+        watcher: as ``OneLevel``.
     """
 
-    def __init__(
-        self, *, inside: dist.ProcessGroup, across: dist.ProcessGroup, progress: Progress | None = None
-    ) -> None:
-        self._inside, self._across, self._progress = inside, across, progress
+    def __init__(self, *, inside: dist.ProcessGroup, across: dist.ProcessGroup, watcher: Watcher | None = None) -> None:
+        self._inside, self._across, self._watcher = inside, across, watcher
         self._nodes, self._places = dist.get_world_size(across), dist.get_world_size(inside)
         self.ranks = self._nodes * self._places
 
     def plan(self, sent_Pe: Tensor) -> Trip:
         nodes, places, experts = self._nodes, self._places, sent_Pe.shape[1]
-        from_place_to_node = _swap(sent_Pe.view(nodes, places, experts).transpose(0, 1), self._inside, self._progress)
-        received_Pe = _swap(from_place_to_node.transpose(0, 1), self._across, self._progress).view(-1, experts)
+        from_place_to_node = _swap(sent_Pe.view(nodes, places, experts).transpose(0, 1), self._inside, self._watcher)
+        received_Pe = _swap(from_place_to_node.transpose(0, 1), self._across, self._watcher).view(-1, experts)
         # one wait for the device, for all three lists
         counts = torch.cat([sent_Pe.sum(1), received_Pe.sum(1), from_place_to_node.sum(2).flatten()]).tolist()
         return Trip(
@@ -123,7 +127,7 @@ class TwoLevel:
         return _transpose_blocks(by_place, _transposed(trip.sent, rows=self._nodes), rows=self._places)
 
     def _move(self, x_ND: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        return all_to_all_rows(x_ND, sent=sent, received=received, group=group, progress=self._progress)
+        return all_to_all_rows(x_ND, sent=sent, received=received, group=group, watcher=self._watcher)
 
     def _legs(self, trip: Trip) -> _Legs:
         nodes, places = self._nodes, self._places
@@ -151,7 +155,7 @@ def all_to_all_rows(
     sent: list[int],
     received: list[int],
     group: dist.ProcessGroup,
-    progress: Progress | None = None,
+    watcher: Watcher | None = None,
 ) -> Tensor:
     """Send the first ``sent[0]`` rows to rank 0 of the group, the next ``sent[1]`` to rank 1, …
 
@@ -159,12 +163,12 @@ def all_to_all_rows(
         x_ND: rows, grouped by the rank they go to.
         sent: rows to each rank; sums to N.
         received: rows from each rank.
-        progress: told before and after, on the way back of the gradients too.
+        watcher: told before and after, on the way back of the gradients too.
 
     Returns:
         The ``sum(received)`` rows that came, grouped by the rank they came from. Gradients travel the way back.
     """
-    return _AllToAllRows.apply(x_ND, sent, received, group, progress)
+    return _AllToAllRows.apply(x_ND, sent, received, group, watcher)
 
 
 class _AllToAllRows(torch.autograd.Function):
@@ -175,37 +179,37 @@ class _AllToAllRows(torch.autograd.Function):
         sent: list[int],
         received: list[int],
         group: dist.ProcessGroup,
-        progress: Progress | None,
+        watcher: Watcher | None,
     ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group, ctx.progress = sent, received, group, progress
-        return _exchange(x_ND, sent, received, group, progress)
+        ctx.sent, ctx.received, ctx.group, ctx.watcher = sent, received, group, watcher
+        return _exchange(x_ND, sent, received, group, watcher)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _exchange(grads[0], ctx.received, ctx.sent, ctx.group, ctx.progress), None, None, None, None
+        return _exchange(grads[0], ctx.received, ctx.sent, ctx.group, ctx.watcher), None, None, None, None
 
 
 def _exchange(
-    x_ND: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, progress: Progress | None
+    x_ND: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, watcher: Watcher | None
 ) -> Tensor:
     out = x_ND.new_empty((sum(received), *x_ND.shape[1:]))
-    if progress is not None:
-        progress.enter("the all-to-all")
+    if watcher is not None:
+        watcher.enter("the all-to-all")
     dist.all_to_all_single(out, x_ND.contiguous(), received, sent, group=group)
-    if progress is not None:
-        progress.leave()
+    if watcher is not None:
+        watcher.leave()
     return out
 
 
-def _swap(counts: Tensor, group: dist.ProcessGroup, progress: Progress | None) -> Tensor:
+def _swap(counts: Tensor, group: dist.ProcessGroup, watcher: Watcher | None) -> Tensor:
     """Slice i of the first dimension goes to rank i; slice i of the result came from there."""
     counts = counts.contiguous()
     out = torch.empty_like(counts)
-    if progress is not None:
-        progress.enter("the all-to-all of counts")
+    if watcher is not None:
+        watcher.enter("the all-to-all of counts")
     dist.all_to_all_single(out, counts, group=group)
-    if progress is not None:
-        progress.leave()
+    if watcher is not None:
+        watcher.leave()
     return out
 
 

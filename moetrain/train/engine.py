@@ -108,6 +108,11 @@ class Engine:
         if norm is None:
             # the engine has made the step or left it, by this very number
             norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm) and self._stage in (1, 2):
+            # DeepSpeed 0.19 keeps the gradients of a step that it did not make, where the optimizer is offloaded in
+            # bf16, and would add the next ones to them: no step would ever be made again
+            averaged = getattr(self._engine.optimizer, "averaged_gradients", {})
+            averaged.update(dict.fromkeys(averaged))
         if self._count_LE is not None:
             if math.isfinite(norm):
                 dist.all_reduce(self._count_LE, group=self._groups.world)

@@ -20,9 +20,9 @@ from moetrain.metrics.console import WorkBar
 from moetrain.metrics.load import LoadMeter, LoadReport
 from moetrain.metrics.speed import Speed
 from moetrain.model.objective import Losses
-from moetrain.parallel.progress import Progress
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.loop import StepResult, TrainState
+from moetrain.watch.progress import Progress
 
 Record = Callable[[dict[str, Any]], None]
 """Takes one line of metrics; does nothing on every rank but the first."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moetrain.model.objective import Losses, MicroBatch
-from moetrain.parallel.progress import Progress
 from moetrain.parallel.seeds import derive_seed
 from moetrain.train.schedule import Schedule
 from moetrain.watch.guard import LEFT_OUT, NOT_FINITE, SPIKE, Verdict
+from moetrain.watch.progress import Progress
 from moetrain.watch.rollback import RollBack
 
 

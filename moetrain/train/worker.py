@@ -37,7 +37,6 @@ from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.lifeline import STOPPED
-from moetrain.parallel.progress import TRAINING, Progress
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import Evaluator, certify, probe_batches
 from moetrain.train.hooks import Clock, EvaluateHook, LogHook, SaveHook, evaluation_fields
@@ -45,6 +44,7 @@ from moetrain.train.loop import Plan, StopRequest, TrainState, step_seed, train
 from moetrain.train.setup import Sizes, build_engine, make_meter, make_schedule, make_speed, micro_batches
 from moetrain.watch.guard import Guard
 from moetrain.watch.incidents import Incidents, Tell, silence
+from moetrain.watch.progress import TRAINING, Progress
 from moetrain.watch.rank import OwnTime, watched
 from moetrain.watch.rollback import GoBack, LeftOut, updates_of
 
@@ -83,7 +83,7 @@ def run_rank(run_dir: Path) -> bool:
         expert_parallel=run.parallel.expert_parallel or 1,
         timeout_seconds=run.launch.timeout_seconds,
         two_level=run.parallel.two_level_all_to_all,
-        progress=progress,
+        watcher=progress,
     )
     stop = StopRequest()
     limit = run.launch.stop_after_minutes

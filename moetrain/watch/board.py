@@ -28,7 +28,7 @@ class Beat:
     beat: int
     """Grows with every beat, as long as the process runs."""
     count: int
-    """Marks passed (``parallel.progress``): the same number is the same place on every rank."""
+    """Marks passed (``watch.progress``): the same number is the same place on every rank."""
     step: int
     place: str
     """Where it is, in words."""

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moetrain.config.schema import WatchConfig
 from moetrain.errors import TrainingError
-from moetrain.parallel.progress import Progress
 from moetrain.watch.incidents import Tell
+from moetrain.watch.progress import Progress
 from moetrain.watch.rollback import LeftOut, RollBack
 
 NOT_FINITE, SPIKE, LEFT_OUT = "not finite", "spike", "left out"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moetrain.parallel.lifeline import HUNG
-from moetrain.parallel.progress import TRAINING, Progress
 from moetrain.watch.board import Beat, Board, claim, read_beats
+from moetrain.watch.progress import TRAINING, Progress
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Watchdog:
         """The work is done."""
         self._over.set()
         self._thread.join()
+        self._beat()  # where it ended, for whoever asks whether a fault came at the same step again
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
@@ -170,15 +171,20 @@ def verdict(before: Sequence[Beat | None], after: Sequence[Beat | None], *, host
         return Hang(None, f"all ranks are as far, in {there[0].place} at step {there[0].step:,}: no rank is behind, "
                              "look at the network between them")  # fmt: skip
     waiting = _by_place([each for each in there if each not in behind])
-    return Hang(first, "; ".join([text, *(f"{_ranks(who)} in {place}" for place, who in waiting[:3])]))
+    return Hang(
+        first,
+        "; ".join([text, *(f"{_ranks(who)} wait{'s' * (len(who) == 1)} in {place}" for place, who in waiting[:3])]),
+    )
 
 
 def _where(beat: Beat, *, is_silent: bool, host: str) -> str:
-    text = f"rank {beat.rank} is behind, in {beat.place} at step {beat.step:,}"
-    if is_silent:
-        stopped = beat.host == host and _state(beat.pid) == "T"
-        text += ", its process is stopped (SIGSTOP)" if stopped else f", with no sign of life from {beat.host}"
-    return text
+    if not is_silent:
+        return f"rank {beat.rank} is behind, in {beat.place} at step {beat.step:,}"
+    stopped = beat.host == host and _state(beat.pid) == "T"
+    why = (
+        "its process is stopped (SIGSTOP)" if stopped else f"no sign of life from it, process {beat.pid} on {beat.host}"
+    )
+    return f"rank {beat.rank} is behind: {why}, last seen in {beat.place} at step {beat.step:,}"
 
 
 def _by_place(beats: Sequence[Beat]) -> list[tuple[str, list[int]]]:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from moetrain.checkpoint import store
 from moetrain.checkpoint.remote import Remote
 from moetrain.errors import CheckpointError, TrainingError
-from moetrain.parallel.progress import Progress
 from moetrain.watch.incidents import Tell
+from moetrain.watch.progress import Progress
 
 LEFT_OUT = "left_out.json"
 _REMEMBERED_STEPS = 1000

@@ -19,7 +19,7 @@ class Progress:
     """Where this rank is. One thread writes; a reader may see a mark half set, which the next look mends.
 
     Args:
-        stamp: a moment on the clock that work is measured with (``watch.stragglers``).
+        stamp: a moment on the clock that work is measured with (``watch.rank``).
     """
 
     __slots__ = ("count", "inside", "layer", "phase", "stamp", "stamps", "step", "task")
