@@ -60,9 +60,11 @@ class Incidents:
         incident = Incident(time=time.time(), step=step, kind=kind, rank=rank, what=what, done=done)
         line = (json.dumps(asdict(incident)) + "\n").encode()
         # one write at the end of the file: lines of processes that write at once do not mix
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line)
+            size = os.fstat(handle).st_size
+            is_torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # by a disk that was full
+            os.write(handle, b"\n" * is_torn + line)
         finally:
             os.close(handle)
         at = "" if step is None else f" at step {step:,}"
@@ -70,20 +72,22 @@ class Incidents:
 
 
 def read_incidents(run_dir: Path) -> list[Incident]:
-    """The incidents of a run, oldest first; none where there is no file. A last line torn by a crash is left out.
+    """The incidents of a run, oldest first; none where there is no file. A line that was cut short is left out.
 
     Raises:
-        DataError: another line is not one of ours.
+        DataError: a line is whole, and not one of ours.
     """
     path = run_dir / INCIDENTS
     lines = path.read_bytes().splitlines() if path.is_file() else []
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(Incident(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number == len(lines):
-                break
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        try:
+            found.append(Incident(**entry))
+        except TypeError as error:
             raise DataError(f"{path}, line {number}, is no incident ({error}): mend or remove the line") from error
     return found
 
