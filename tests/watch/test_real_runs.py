@@ -172,10 +172,10 @@ def test_a_rank_killed_and_a_rank_stopped_cost_a_restart_each_and_change_no_loss
     assert not Path(f"/proc/{stopped}").exists()
 
 
-def test_a_slow_rank_is_told_and_so_is_its_recovery_and_a_limit_of_time_stops_the_run_saved(place):
+def test_a_slow_rank_is_told_and_so_is_its_recovery(place):
     run_dir = place / "runs/slow"
     process = start("slow", "schedule.steps=1000000", "checkpoint.every_steps=null", "watch.straggler_steps=10",
-                    "watch.straggler_ratio=2", "watch.hang_seconds=4", "launch.stop_after_minutes=0.5")  # fmt: skip
+                    "watch.straggler_ratio=2", "watch.hang_seconds=4")  # fmt: skip
     wait_for(lambda: len(losses(run_dir)) > 3, process)
     rank = worker(place, "slow", rank=1)
     over = threading.Event()
@@ -197,7 +197,16 @@ def test_a_slow_rank_is_told_and_so_is_its_recovery_and_a_limit_of_time_stops_th
     slow = of_kind(run_dir, "slow_rank")
     assert slow.rank == of_kind(run_dir, "slow_rank_over").rank == 1
     assert "for its own work in a step" in slow.what
+    process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, errors
     assert "saved at step" in output
-    assert "hang" not in kinds(run_dir)
+    assert "hang" not in kinds(run_dir), "a rank that is only slow is no hang"
+
+
+def test_a_run_whose_time_is_over_is_saved_and_says_so_by_its_exit_code(place):
+    process = start("limit", "launch.processes=1", "schedule.steps=1000000", "launch.stop_after_minutes=0.001")
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 75, errors
+    assert "saved at step 1\n" in output, "over before the first step, which is still made and saved"
+    assert (place / "runs/limit/checkpoints/step_00000001/manifest.json").is_file()
