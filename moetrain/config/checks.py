@@ -78,9 +78,6 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
         run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
         batch=replace(run.batch, micro_batch=micro_batch, sequence_length=length),
         launch=replace(run.launch, processes=processes),
-        watch=run.watch
-        if run.watch.hang_seconds is not None
-        else replace(run.watch, hang_seconds=run.launch.timeout_seconds / 2),
         parallel=replace(run.parallel, expert_parallel=expert_parallel),
     )
 

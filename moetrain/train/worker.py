@@ -109,7 +109,8 @@ def run_rank(run_dir: Path) -> bool:
         progress=progress,
         left_out=resume.from_first(lambda: LeftOut.read(run_dir), group=groups.control),
     )
-    with watched(engine.gpt, run.watch, run_dir=run_dir, groups=groups, progress=progress) as own_time:
+    with watched(engine.gpt, run.watch, timeout_seconds=run.launch.timeout_seconds, run_dir=run_dir, groups=groups,
+                 progress=progress) as own_time:  # fmt: skip
         return _run(parts, stop=stop, own_time=own_time)
 
 

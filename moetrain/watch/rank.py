@@ -219,9 +219,13 @@ def _told(rank: int, host: str, seconds: float, others: float) -> str:
 
 @contextlib.contextmanager
 def watched(
-    gpt: GPT, settings: WatchConfig, *, run_dir: Path, groups: Groups, progress: Progress
+    gpt: GPT, settings: WatchConfig, *, timeout_seconds: float, run_dir: Path, groups: Groups, progress: Progress
 ) -> Iterator[OwnTime | None]:
-    """Watch the rank inside; gives what measures its own work, or None where nobody asks for that."""
+    """Watch the rank inside; gives what measures its own work, or None where nobody asks for that.
+
+    Args:
+        timeout_seconds: how long a collective may wait.
+    """
     rank, ranks = groups.topology.rank, groups.topology.world_size
     incidents = Incidents(run_dir, say=lambda line: print(line, flush=True))
     mark_layers(gpt, progress)
@@ -246,7 +250,7 @@ def watched(
                       done="the run is stopped; the stacks of the ranks are in its log directory")  # fmt: skip
         write_error(run_dir / "log", rank=rank, error=HangError(f"at step {step:,}, {found.text}"), user=True)
 
-    hang_seconds = settings.hang_seconds or 0.0
+    hang_seconds = timeout_seconds / 2 if settings.hang_seconds is None else settings.hang_seconds
     watchdog = Watchdog(
         run_dir,
         rank=rank,
