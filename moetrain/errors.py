@@ -29,5 +29,13 @@ class LaunchError(MoetrainError):
     """The processes of a run could not be started, or one of them died."""
 
 
+class LostError(LaunchError):
+    """A rank was killed, its node or the way to it was lost: nothing that the run itself does wrong every time."""
+
+
+class HangError(LostError):
+    """No rank made progress any more, and the ranks stopped themselves."""
+
+
 class TrainingError(MoetrainError):
     """The run itself went wrong: a loss or gradient that is no longer a finite number."""

@@ -182,7 +182,7 @@ class Field:
         optimizer.step()
 
     def _read(self, loads: list[Load]) -> None:
-        """As a run does it (``train.hooks.LogHook``), read after every step."""
+        """As a run does it (``train.hooks.log.LogHook``), read after every step."""
         for layer, load in enumerate(loads):
             self.meter.add(
                 layer,

@@ -18,7 +18,13 @@ Found = tuple[Path, store.Manifest]
 
 
 def find(
-    root: Path, *, run: RunConfig, data: dict[str, str], group: dist.ProcessGroup, warn: Callable[[str], None]
+    root: Path,
+    *,
+    run: RunConfig,
+    data: dict[str, str],
+    group: dist.ProcessGroup,
+    warn: Callable[[str], None],
+    accept: Callable[[store.Manifest], bool] = lambda manifest: True,
 ) -> Found | None:
     """The newest whole checkpoint of the run; None: there is none. Every rank calls it.
 
@@ -26,6 +32,7 @@ def find(
         data: digests of the token files and the tokenizer.
         group: all ranks, on a backend that moves host memory.
         warn: names the damaged ones that are passed over, on the first rank.
+        accept: which of them may be taken.
 
     Raises:
         CheckpointError: on every rank; the newest one is of another run.
@@ -33,7 +40,7 @@ def find(
     # one rank reads and digests for all: they must not come to different answers
     answer: list[Any] = [None, ""]
     if dist.get_rank(group) == 0:
-        found = newest_whole(root, warn=warn)
+        found = newest_whole(root, warn=warn, accept=accept)
         foreign = "" if found is None else store.foreign(found[1], run=run, data=data)
         answer = [found, f"{found[0]} {foreign}" if found and foreign else ""]
     dist.broadcast_object_list(answer, src=0, group=group)
@@ -41,6 +48,24 @@ def find(
         raise CheckpointError(f"{answer[1]}; set it back, or choose another name=… or run_dir=… for another run")
     result: Found | None = answer[0]
     return result
+
+
+def from_first(read: Callable[[], Any], *, group: dist.ProcessGroup) -> Any:
+    """What the first rank reads, on every rank.
+
+    Raises:
+        CheckpointError: on every rank; reading raised it there.
+    """
+    answer: list[Any] = [None, ""]
+    if dist.get_rank(group) == 0:
+        try:
+            answer[0] = read()
+        except CheckpointError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1]:
+        raise CheckpointError(answer[1])
+    return answer[0]
 
 
 def hold_certificate(

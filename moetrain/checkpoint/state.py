@@ -12,7 +12,7 @@ import io
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -139,11 +139,18 @@ def read_index(directory: Path) -> Metadata:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def newest_whole(root: Path, *, warn: Any) -> tuple[Path, store.Manifest] | None:
-    """The newest checkpoint whose files all match their digests; damaged ones are named through ``warn``."""
+def newest_whole(
+    root: Path, *, warn: Any, accept: Callable[[store.Manifest], bool] = lambda manifest: True
+) -> tuple[Path, store.Manifest] | None:
+    """The newest checkpoint whose files all match their digests; damaged ones are named through ``warn``.
+
+    Args:
+        accept: which of them may be taken.
+    """
     for directory in reversed(store.whole_checkpoints(root)):
         try:
-            return directory, store.verify(directory)
+            if accept(store.read_manifest(directory)):
+                return directory, store.verify(directory)
         except CheckpointError as error:
             warn(f"checkpoint {directory.name} is damaged and passed over: {error}")
     return None

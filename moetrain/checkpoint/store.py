@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class Manifest:
     """Of the evaluation at this very step; None: there was none."""
     certificate: Certificate | None = None
     """What a run that goes on from here must find again."""
+    updates: int | None = None
+    """Optimizer steps that were made. None: ``step`` of them."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """What the watch over the run must find again: batches left out, what losses are usual (``moetrain.watch``)."""
     format: int = FORMAT
 
 
@@ -244,10 +248,15 @@ def prune(root: Path, retention: Retention) -> None:
     """Remove the checkpoints that ``superfluous`` names, and what crashes left half-written. Called after a save."""
     for leftover in leftovers(root):
         shutil.rmtree(leftover, ignore_errors=True)
-    for old in superfluous(root, retention):
+    remove(superfluous(root, retention))
+
+
+def remove(checkpoints: Iterable[Path]) -> None:
+    """Remove whole checkpoints."""
+    for each in list(checkpoints):
         # off the list first, by one rename: a crash in the middle must not leave half of one that looks whole
-        pruned = _with_suffix(old, ".pruned.partial")
-        _rename_over(old, pruned)
+        pruned = _with_suffix(each, ".pruned.partial")
+        _rename_over(each, pruned)
         shutil.rmtree(pruned, ignore_errors=True)
 
 

@@ -34,6 +34,7 @@ CHOICES = {
     "log.wandb": ("auto", "online", "offline", "off"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.recompute": ("none", "selective", "full"),
+    "watch.spike": ("off", "warn", "skip", "rollback"),
 }
 PARTS = ("router", "experts", "dense")
 """Of a model, for learning rates and freezing."""
@@ -51,11 +52,15 @@ POSITIVE = (
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.max_sequences", "log.every_steps",
     "log.dead_after_steps", "log.peak_tflops", "prepare.workers", "prepare.min_characters", "prepare.max_characters",
+    "launch.stop_after_minutes", "watch.start_seconds", "watch.max_skips",
+    "watch.spike_window", "watch.spike_deviations",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "model.moe.balance_weight", "model.moe.z_weight", "model.moe.importance_weight",
     "model.moe.load_weight", "model.moe.bias_update_rate", "model.moe.num_shared_experts",
     "optim.weight_decay", "optim.clip", "schedule.warmup_steps", "schedule.warmup_tokens", "checkpoint.keep_best",
+    "launch.max_restarts", "watch.hang_seconds", "watch.straggler_steps", "watch.leave_out_before",
+    "watch.max_rollbacks",
 )  # fmt: skip
 
 
@@ -100,7 +105,7 @@ def check(run: RunConfig, flat: dict[str, object]) -> None:
     # rules across fields divide by numbers: they wait until each number by itself is sound
     if not problems:
         problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run),
-                     *_retention(run), *_freeze(run)]  # fmt: skip
+                     *_retention(run), *_freeze(run), *_watch(run)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
 
@@ -356,6 +361,19 @@ def _retention(run: RunConfig) -> Iterator[str]:
             f"checkpoint.keep_every_steps is {every}, but must be a multiple of checkpoint.every_steps, {saves}, or "
             f"few such steps are saved: use {_near(every, saves)}"
         )
+
+
+def _watch(run: RunConfig) -> Iterator[str]:
+    timeout, watch = run.launch.timeout_seconds, run.watch
+    if watch.hang_seconds is not None and watch.hang_seconds >= timeout:
+        yield (
+            f"watch.hang_seconds is {watch.hang_seconds:g}, but must be less than launch.timeout_seconds, {timeout}, "
+            f"or the collective fails before the culprit is named: use {timeout // 2}, or a longer timeout"
+        )
+    if watch.straggler_ratio <= 1:
+        yield f"watch.straggler_ratio is {watch.straggler_ratio:g}, but must be above 1: use 1.5"
+    if watch.spike != "off" and watch.spike_window < 4:
+        yield f"watch.spike_window is {watch.spike_window}, but must be at least 4 to know what is usual: use 64"
 
 
 def _near(number: int, factor: int, *, least: int = 1) -> str:

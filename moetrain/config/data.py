@@ -91,6 +91,28 @@ class DataConfig:
     later epochs shuffle all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Which documents are taken, and how their tokens are made."""
+
+    workers: int | None = None
+    """Processes that encode. null: one for each core. Their number changes nothing in the token files."""
+    fast_encoder: bool = True
+    """Encode with tiktoken where it is installed and gives the same ids on a sample of the text."""
+    min_characters: int = 1
+    """Shorter documents are left out."""
+    max_characters: int | None = None
+    """Longer documents are left out. null: none."""
+    duplicates: str = "keep"
+    """keep: all documents; exact: of equal ones the first; near: also of similar ones (MinHash, needs rensa)."""
+    similarity: float = 0.8
+    """Jaccard similarity of the sets of word 5-grams from which on documents are near duplicates, in (0, 1)."""
+    tokenizer_kind: str = "bpe"
+    """Of the tokenizer trained here: bpe (byte-level; Radford et al. 2019) or unigram (Kudo 2018)."""
+    special_tokens: list[str] = field(default_factory=list)
+    """Tokens that a tokenizer trained here has beside the end of text; no text is ever encoded to them."""
+
+
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
     """Every source by its name, with all that it takes from ``data``; one source where none are named."""
     if data.sources is None:

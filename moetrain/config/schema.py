@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moetrain.config.data import DataConfig
+from moetrain.config.data import DataConfig, PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,28 +132,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Which documents are taken, and how their tokens are made."""
-
-    workers: int | None = None
-    """Processes that encode. null: one for each core. Their number changes nothing in the token files."""
-    fast_encoder: bool = True
-    """Encode with tiktoken where it is installed and gives the same ids on a sample of the text."""
-    min_characters: int = 1
-    """Shorter documents are left out."""
-    max_characters: int | None = None
-    """Longer documents are left out. null: none."""
-    duplicates: str = "keep"
-    """keep: all documents; exact: of equal ones the first; near: also of similar ones (MinHash, needs rensa)."""
-    similarity: float = 0.8
-    """Jaccard similarity of the sets of word 5-grams from which on documents are near duplicates, in (0, 1)."""
-    tokenizer_kind: str = "bpe"
-    """Of the tokenizer trained here: bpe (byte-level; Radford et al. 2019) or unigram (Kudo 2018)."""
-    special_tokens: list[str] = field(default_factory=list)
-    """Tokens that a tokenizer trained here has beside the end of text; no text is ever encoded to them."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """How many tokens meet at each step."""
 
@@ -243,6 +221,14 @@ class LaunchConfig:
     """Processes on each node. null: one per GPU, or 2 on a machine without GPUs."""
     timeout_seconds: int = 600
     """A collective that waits longer than this fails the run; those of DeepSpeed's own groups keep torch's default."""
+    max_restarts: int = 0
+    """How often the run is started again, from its newest whole checkpoint, after a fault that may not come again: a
+    rank killed, a node lost, a hang, a broken connection. An error in the settings or the data never is."""
+    elastic: bool = False
+    """Where processes are lost for good, restart on those that are left, in a smaller layout of the same global
+    batch."""
+    stop_after_minutes: float | None = None
+    """Save and stop, with exit code 75, this long after the start; null: no limit of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +299,35 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What a run does about its own misfortunes; docs/incidents.md."""
+
+    hang_seconds: float | None = None
+    """When no rank has made any progress for so long, the culprit is named and the run stopped; 0: never. null: half of
+    launch.timeout_seconds."""
+    start_seconds: float = 1800.0
+    """The same up to the end of the first step, and while saving or evaluating."""
+    straggler_steps: int = 50
+    """Steps over which a rank's own time is taken, without its waiting for others; 0: not at all."""
+    straggler_ratio: float = 1.5
+    """A rank is slow when its own time is this many times the median of the others'."""
+    max_skips: int = 5
+    """Steps in a row that may be skipped because their loss or gradient is no finite number; then the run goes back."""
+    leave_out_before: int = 1
+    """Batches before the first bad one that are left out with it: their updates may be the cause."""
+    max_rollbacks: int = 3
+    """How often, within a thousand steps, the run goes back to a checkpoint before it stops with an error."""
+    spike: str = "warn"
+    """A loss far above those before it: off, warn, skip (the update is not made; costs a wait for the device in every
+    step) or rollback (to the newest checkpoint before; the batches are left out)."""
+    spike_window: int = 64
+    """Steps whose losses say what is usual."""
+    spike_deviations: float = 10.0
+    """How far above their median is a spike, in standard deviations worked out from their median absolute
+    deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run."""
 
@@ -338,6 +353,7 @@ class RunConfig:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain import errors
-from moetrain.errors import ConfigError, LaunchError, MoetrainError
+from moetrain.errors import ConfigError, LaunchError, LostError, MoetrainError
 from moetrain.parallel.lifeline import STOPPED, error_path
 
 LAST_LINES = 15
@@ -24,6 +25,12 @@ LAST_LINES = 15
 # A rank killed by a signal is noticed up to one poll late, while the others' "connection closed" follows within
 # milliseconds. An error file older than this, as seen from that moment, cannot be such a consequence.
 _HEAD_START_SECONDS = 0.5
+
+# of gloo, NCCL and CUDA, which raise nothing more special than a RuntimeError
+_BROKEN = re.compile(
+    r"connection (closed|reset|refused)|timed out|timeout|broken pipe|NCCL error|ECC error|unspecified launch failure",
+    re.IGNORECASE,
+)
 
 _HINTS = {
     signal.SIGKILL: "often out of memory: lower batch.micro_batch or batch.sequence_length, or see the kernel's log",
@@ -85,12 +92,23 @@ def find_fault(ended: Sequence[Ended], *, log_dir: Path) -> MoetrainError:
     cause = _cause(ended, reports)
     report = reports.get(cause.rank)
     if report is None:
-        return LaunchError(f"rank {cause.rank} ended with {_ending(cause)}; its log {cause.log} {_last_lines(cause)}")
+        kind = LostError if cause.code < 0 else LaunchError
+        return kind(f"rank {cause.rank} ended with {_ending(cause)}; its log {cause.log} {_last_lines(cause)}")
     if report.user:
         return _as_raised(report)
-    return LaunchError(
+    kind = LostError if _is_of_the_connection(report) else LaunchError
+    return kind(
         f"rank {cause.rank} failed with {report.type}: {report.message}\n"
         f"It ended with {_ending(cause)}; the traceback is in {cause.log}"
+    )
+
+
+def _is_of_the_connection(report: _Report) -> bool:
+    """Whether it is about another rank, the network or a device, and not about what this rank was doing."""
+    if report.type in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    return (
+        report.type in ("RuntimeError", "DistError", "AcceleratorError") and _BROKEN.search(report.message) is not None
     )
 
 

@@ -24,7 +24,7 @@ from types import FrameType
 
 from moetrain.errors import LaunchError
 from moetrain.launch.fault import Ended, find_fault, remove_old_errors
-from moetrain.parallel.lifeline import PARENT_PID, STOPPED
+from moetrain.parallel.lifeline import HUNG, PARENT_PID, STOPPED
 
 _POLL_SECONDS = 0.1
 # Ctrl-C; kill and most schedulers; SLURM's usual warning before a limit; the terminal was closed.
@@ -233,7 +233,8 @@ def _watch(
         codes = [worker.poll() for worker in workers]
         if deadline is None and any(code not in (None, 0, STOPPED) for code in codes):
             never_ready = forwarded and -signal.SIGTERM in codes
-            deadline = time.monotonic() + grace_seconds
+            # ranks that hang have said so, and left their stacks: they do not listen any more
+            deadline = time.monotonic() + (0.0 if HUNG in codes else grace_seconds)
             _send(workers, signal.SIGTERM)
         if all(code is not None for code in codes):
             return never_ready

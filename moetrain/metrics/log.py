@@ -10,7 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from moetrain.errors import DataError
@@ -33,15 +33,8 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
-        path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        beside = path.with_suffix(".jsonl.tmp")
-        with beside.open("w", encoding="ascii") as file:
-            file.writelines(_to_line(line) for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        self._file = path.open("a", encoding="ascii")
+        self._path = run_dir / "metrics.jsonl"
+        self._file = self._opened(resume_step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line.
@@ -54,9 +47,25 @@ class MetricsLog:
         self._file.write(_to_line(metrics))
         self._file.flush()
 
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps: the run has gone back and makes them anew."""
+        self._file.close()
+        self._file = self._opened(step)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _opened(self, resume_step: int) -> TextIO:
+        path = self._path
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        beside = path.with_suffix(".jsonl.tmp")
+        with beside.open("w", encoding="ascii") as file:
+            file.writelines(_to_line(line) for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        return path.open("a", encoding="ascii")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.errors import LaunchError
-from moetrain.parallel.collectives import TwoLevel
+from moetrain.parallel.collectives import AllToAll, OneLevel, TwoLevel, Watcher
 from moetrain.parallel.host import keep_freed_memory
 from moetrain.parallel.topology import Topology
 
@@ -26,6 +26,7 @@ class Groups:
         world: all ranks.
         expert: the ranks it exchanges tokens with; None when it holds every expert.
         two_level: how it exchanges them by way of its node; None: directly.
+        watcher: told of every exchange; None: nobody watches.
         control: all ranks, over gloo: small messages between hosts that must not wait for the device.
         writer: the same ranks and backend again, for the thread that writes checkpoints while the others are in use.
     """
@@ -37,9 +38,19 @@ class Groups:
     control: dist.ProcessGroup
     writer: dist.ProcessGroup
     two_level: TwoLevel | None = None
+    watcher: Watcher | None = None
+
+    @property
+    def all_to_all(self) -> AllToAll | None:
+        """How tokens are exchanged; None when this rank holds every expert."""
+        if self.two_level is not None:
+            return self.two_level
+        return None if self.expert is None else OneLevel(self.expert, watcher=self.watcher)
 
 
-def start(*, expert_parallel: int, timeout_seconds: float, two_level: bool = False) -> Groups:
+def start(
+    *, expert_parallel: int, timeout_seconds: float, two_level: bool = False, watcher: Watcher | None = None
+) -> Groups:
     """Join the other ranks (environment RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and make the groups.
 
     NCCL and one GPU per local rank where CUDA is available, gloo on CPU elsewhere.
@@ -58,7 +69,7 @@ def start(*, expert_parallel: int, timeout_seconds: float, two_level: bool = Fal
         keep_freed_memory()
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, timeout=timeout)
-    return make(topology, device=device, timeout=timeout, two_level=two_level)
+    return make(topology, device=device, timeout=timeout, two_level=two_level, watcher=watcher)
 
 
 def _topology(environment: Mapping[str, str], *, expert_parallel: int) -> Topology:
@@ -78,13 +89,19 @@ def _topology(environment: Mapping[str, str], *, expert_parallel: int) -> Topolo
 
 
 def make(
-    topology: Topology, *, device: torch.device, timeout: timedelta | None = None, two_level: bool = False
+    topology: Topology,
+    *,
+    device: torch.device,
+    timeout: timedelta | None = None,
+    two_level: bool = False,
+    watcher: Watcher | None = None,
 ) -> Groups:
     """The groups of a topology, in a process group that is already initialised.
 
     Args:
         two_level: exchange tokens inside the node first, where expert groups cross nodes.
         timeout: how long a collective may wait; a new group does not inherit it. None: torch's default.
+        watcher: told of every exchange of tokens; None: nobody watches.
     """
     expert = _own(topology.expert_groups, topology, timeout) if topology.expert_parallel > 1 else None
     levels = None
@@ -92,6 +109,7 @@ def make(
         levels = TwoLevel(
             inside=_own(topology.inside_groups, topology, timeout),
             across=_own(topology.across_groups, topology, timeout),
+            watcher=watcher,
         )
     world = dist.group.WORLD
     assert world is not None
@@ -103,6 +121,7 @@ def make(
         control=dist.new_group(backend="gloo", timeout=timeout),
         writer=dist.new_group(backend="gloo", timeout=timeout),
         two_level=levels,
+        watcher=watcher,
     )
 
 

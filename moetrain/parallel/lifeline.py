@@ -20,6 +20,9 @@ PARENT_PID = "MOETRAIN_PARENT_PID"
 STOPPED = 75
 """Exit code of a worker that stopped on request, its state saved (EX_TEMPFAIL of sysexits.h: try again later)."""
 
+HUNG = 71
+"""Exit code of a worker that stopped because nobody made progress (EX_OSERR of sysexits.h)."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -25,6 +25,7 @@ from moetrain.config.schema import RunConfig
 from moetrain.metrics.log import read_metrics
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
 from moetrain.report.figures import expert_load_map, has_load, loss_curve
+from moetrain.watch.incidents import INCIDENTS, read_incidents, summary
 
 METRICS = "metrics.jsonl"
 RECORDED = "recorded.json"
@@ -152,6 +153,9 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, opening:
     console.print(_comparison(run, final=final, baselines=baselines))
     if steps:
         console.print(f"speed        {_speed_text(steps)}")
+    incidents = read_incidents(run_dir)
+    if incidents:
+        console.print(f"incidents    {summary(incidents)}: {run_dir / INCIDENTS}", markup=False)
     pictures = [run_dir / "loss.png"]
     if "held_out_load" in final:
         console.print(f"expert load  {_load_text(final)}")

@@ -7,7 +7,8 @@ on here, from outside, so that the layers know nothing of it (``adopt_experts``)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.checkpoint.state import Fragment
-from moetrain.errors import TrainingError
 from moetrain.model.gpt import Block
 from moetrain.model.objective import Losses, MicroBatch, Objective
 from moetrain.moe.experts import Experts
@@ -72,10 +72,21 @@ class Engine:
             _keep_routers_whole(self.gpt)
         _start_moments(adamw, self._flats())
 
-    def forward_backward(self, batch: MicroBatch) -> Losses:
-        """One micro-batch; gradients are added up until ``step``."""
+    def forward_backward(self, batch: MicroBatch, *, keep: Callable[[Losses], bool] | None = None) -> Losses:
+        """One micro-batch; gradients are added up until ``step``.
+
+        Args:
+            keep: asked between the two passes whether the step is to be made at all; the same answer on every rank.
+                None: it is.
+        """
         losses: Losses
         total, losses = self._engine(batch)
+        # a gradient that is no number is what ``step`` does not make on any rank. A loss that is none need not have one
+        # by itself, for its value is no part of its gradient
+        is_sound = torch.isfinite(total.detach())
+        if keep is not None and not keep(losses):
+            is_sound = torch.zeros_like(is_sound)
+        total = total * torch.where(is_sound, 1.0, float("nan"))
         if self._wants_counts:
             count_LE = torch.stack([load.chosen_E for load in losses.load])
             self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
@@ -89,27 +100,29 @@ class Engine:
     def step(self, lr: float) -> float:
         """Clip and step after the last micro-batch.
 
-        Returns:
-            The global gradient norm before clipping, each expert counted once.
+        Where the norm is no finite number, nothing is changed: no weight, no moment, no count of steps, nothing that
+        routers keep.
 
-        Raises:
-            TrainingError: the norm is not a finite number.
+        Returns:
+            The global gradient norm before clipping, each expert counted once; the same on every rank.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["rate"]
         norm = self._clip_ourselves() if self._stage == 0 else None
         self._engine.step()
-        if self._count_LE is not None:
-            dist.all_reduce(self._count_LE, group=self._groups.world)
-            self.gpt.after_step(self._count_LE)
-            self._count_LE = None
         if norm is None:
+            # the engine has made the step or left it, by this very number
             norm = float(self._engine.get_global_grad_norm())
-        if norm != norm or norm in (float("inf"), float("-inf")):
-            raise TrainingError(
-                f"the gradient norm is {norm} at this step: lower optim.lr, lengthen schedule.warmup_steps or set "
-                "optim.clip; the checkpoints before are whole, and the same command resumes from the newest"
-            )
+        if not math.isfinite(norm) and self._stage in (1, 2):
+            # DeepSpeed 0.19 keeps the gradients of a step that it did not make, where the optimizer is offloaded in
+            # bf16, and would add the next ones to them: no step would ever be made again
+            averaged = getattr(self._engine.optimizer, "averaged_gradients", {})
+            averaged.update(dict.fromkeys(averaged))
+        if self._count_LE is not None:
+            if math.isfinite(norm):
+                dist.all_reduce(self._count_LE, group=self._groups.world)
+                self.gpt.after_step(self._count_LE)
+            self._count_LE = None
         return norm
 
     def fragments(self) -> Iterator[Fragment]:
@@ -126,10 +139,14 @@ class Engine:
         for name, state in self.gpt.moe_state().items():
             yield Fragment(f"{name}/state", state.view(-1), 0, state.numel())
 
-    def loaded(self, *, step: int) -> None:
-        """Take over what a load has put into the views of ``fragments``."""
+    def loaded(self, *, updates: int) -> None:
+        """Take over what a load has put into the views of ``fragments``.
+
+        Args:
+            updates: optimizer steps that were made, which AdamW corrects its moments by.
+        """
         for state in self._adamw.state.values():
-            state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
+            state["step"] = torch.tensor(float(updates), device=state["exp_avg"].device)
         if self._stage == 3:
             _spread_masters(self._engine.optimizer)
         elif self._stage > 0:
@@ -175,6 +192,10 @@ class Engine:
                 dist.all_reduce(own, group=self._groups.expert)
             squared = squared + own
         norm = float(squared.sqrt())
+        if not math.isfinite(norm):
+            for parameter in self._names:
+                parameter.grad = None  # AdamW passes over what has none
+            return norm
         if self._clip and norm > self._clip:
             for parameter in self._names:
                 if parameter.grad is not None:

@@ -63,7 +63,7 @@ def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Cal
         run.model,
         local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
         expert_group=groups.expert,
-        all_to_all=groups.two_level,
+        all_to_all=groups.all_to_all,
         expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
         recompute=run.parallel.recompute,
     )

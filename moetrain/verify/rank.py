@@ -43,6 +43,7 @@ from moetrain.verify.compare import Reference, compare
 from moetrain.verify.reference import AuxLosses, StepTrace, Trace, Whole, build, packing_of, train_plainly
 from moetrain.verify.shrink import TOKENS, Split, lay_out, split_of
 from moetrain.verify.spec import add_result, read_spec
+from moetrain.watch.guard import Unwatched
 
 SAME_COPY = 1e-5
 """Relative difference between two ranks' copies of a number that is still rounding."""
@@ -112,7 +113,7 @@ def _train(run: RunConfig, *, groups: Groups, data: _Data) -> Trace | None:
         tokens_per_step=sizes.tokens_per_step,
         seed=run.seed,
         hooks=(),
-        stop=lambda: False,
+        watch=Unwatched(),
     )
     with AuxLosses(engine.gpt) as aux:
         recorder = _Recorder(engine, aux=aux, groups=groups, run=run)

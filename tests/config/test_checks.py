@@ -221,6 +221,21 @@ RULES: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.offload_optimizer": False}],
     ),
     (
+        {"watch.hang_seconds": 700.0},
+        "watch.hang_seconds is 700, but must be less than launch.timeout_seconds, 600",
+        [{"watch.hang_seconds": 300.0}, {"launch.timeout_seconds": 900}, {"watch.hang_seconds": 0.0}],
+    ),
+    (
+        {"watch.straggler_ratio": 1.0},
+        "watch.straggler_ratio is 1, but must be above 1",
+        [{"watch.straggler_ratio": 1.5}],
+    ),
+    (
+        {"watch.spike_window": 3},
+        "watch.spike_window is 3, but must be at least 4",
+        [{"watch.spike_window": 64}, {"watch.spike": "off"}],
+    ),
+    (
         {"checkpoint.remote": "bucket/runs/a"},
         "checkpoint.remote is 'bucket/runs/a', but must be a URL",
         [{"checkpoint.remote": "s3://bucket/runs/a"}, {"checkpoint.remote": None}],
@@ -346,7 +361,7 @@ def test_the_rules_name_settings_that_are(names):
 def test_every_number_has_a_rule():
     """A new setting is not forgotten here."""
     in_a_range = {"optim.beta1", "optim.beta2", "data.held_out", "schedule.min_lr_ratio", "parallel.zero_stage",
-                  "model.moe.dropout", "model.moe.jitter",
+                  "model.moe.dropout", "model.moe.jitter", "watch.straggler_ratio",
                   "data.fill_in_middle", "prepare.similarity", "data.fill_in_middle_spm"}  # fmt: skip
     settings = [RunConfig(), *(resolved(fitting(router)) for router in ROUTERS)]
     numbers = {name for run in settings for name, value in flatten(to_dict(run)).items() if type(value) in (int, float)}

@@ -77,9 +77,7 @@ def train(words: Sequence[str]) -> int:
             _fetch_newest(remote, run, run_dir)
             if not before_training(run, run_dir):
                 return NO_GO_CODE
-            from moetrain.launch.local import run_local
-
-            if run_local(run_dir, processes=run.launch.processes or 1).stopped:
+            if _run(run, run_dir):
                 print("stopped on request; the same command goes on from the newest checkpoint")
                 _catch_up(remote, run, run_dir)
                 return STOPPED
@@ -101,6 +99,28 @@ def config(words: Sequence[str]) -> int:
 
     print(config_text(run, composed=composed.settings, sources=composed.sources))
     return 0
+
+
+def _run(run: RunConfig, run_dir: Path) -> bool:
+    """Start the processes, as often as the settings let it; whether it was stopped on request."""
+    from moetrain.config.freeze import write_run
+    from moetrain.errors import MoetrainError
+    from moetrain.launch.local import run_local
+    from moetrain.launch.supervise import Ended, device_bytes, on_fewer, supervise
+
+    def start(run: RunConfig) -> Ended:
+        write_run(run, run_dir)
+        try:
+            return Ended(stopped=run_local(run_dir, processes=run.launch.processes or 1).stopped)
+        except MoetrainError as error:
+            return Ended(fault=error)
+
+    def shrink(run: RunConfig, lost: int) -> RunConfig | None:
+        processes = run.launch.processes or 1
+        memory = device_bytes(run_dir, processes=processes)
+        return on_fewer(run, processes=processes - lost, device_bytes=memory)
+
+    return supervise(run, run_dir=run_dir, start=start, shrink=shrink, say=lambda line: print(line, flush=True))
 
 
 def _compare_with_earlier(run: RunConfig, run_dir: Path) -> None:
