@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moetrain.config.data import DataConfig
+from moetrain.config.launch.settings import KubernetesConfig, SlurmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +206,50 @@ class LaunchConfig:
     """How the run gets its processes."""
 
     kind: str = "local"
-    """local: this machine."""
+    """local: this machine. hostfile: hosts reached by ssh, through the deepspeed launcher. slurm: a job in the queue.
+    kubernetes: a manifest is written."""
+    nodes: int | None = None
+    """Machines. null: as many as hosts are named, else 1."""
     processes: int | None = None
-    """Processes on each node. null: one per GPU, or 2 on a machine without GPUs."""
+    """Processes on each node. null: the slots of launch.hostfile, or one per GPU of this machine, or 2 without GPUs."""
     timeout_seconds: int = 600
     """A collective that waits longer than this fails the run; those of DeepSpeed's own groups keep torch's default."""
+    bind_cores: bool = False
+    """Each process keeps to cores of its own, near its GPU where the system tells."""
+    hostfile: str | None = None
+    """hostfile: a file with a line `host slots=n` for each node, n processes each; n must be the same."""
+    hosts: list[str] | None = None
+    """hostfile: the nodes by name, instead of a file."""
+    runner: str = "pdsh"
+    """hostfile: what starts a process on each node: pdsh (over ssh), openmpi, mpich (mpirun) or slurm (srun, inside an
+    allocation)."""
+    runner_args: list[str] | None = None
+    """hostfile: further words for it. slurm: for srun."""
+    ssh_port: int | None = None
+    """hostfile: port of sshd on the nodes. null: 22, or as ~/.ssh/config says."""
+    master_addr: str | None = None
+    """Name or address of the first node, as all nodes reach it. null: its name in the hostfile, or in SLURM's list."""
+    master_port: int = 29400
+    """Port there on which the nodes meet. The processes' own port is chosen when they start."""
+    interface: str | None = None
+    """Network interface of every node for NCCL and gloo, e.g. ib0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME). null: they
+    choose."""
+    interfaces: dict[str, str] | None = None
+    """The same by host, where they differ: {node1: ib0, node2: ibs1}; other hosts have launch.interface."""
+    export: list[str] | None = None
+    """Environment variables that the nodes get besides NCCL_*, UCX_*, GLOO_*, CUDA_*, TORCH_*, OMP_* and a few more
+    (docs/launch.md): names, or patterns such as AWS_*."""
+    lost_after_seconds: int = 30
+    """A node that has not been heard for so long is lost, and the run ends on the others."""
+    start_seconds: int = 300
+    """All nodes must have started within this time."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return (self.nodes or 1) * (self.processes or 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,19 @@ _HINTS = {
 }
 
 
+class NodeLost(LaunchError):
+    """Nodes of a run are gone: the machine, its network, or what ran there; the others have ended the run.
+
+    Args:
+        message: for the user.
+        hosts: their names, as the hostfile or SLURM has them.
+    """
+
+    def __init__(self, message: str, *, hosts: Sequence[str]) -> None:
+        self.hosts = tuple(hosts)
+        super().__init__(message)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ended:
     """How one worker ended."""

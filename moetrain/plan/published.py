@@ -94,7 +94,7 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
     steps = [line for line in lines if line.get("tokens_per_second")][1:]
     if not steps:
         raise DataError(f"{run.run_dir} has logged no two stretches of steps yet: let it run on")
-    gpus = (run.launch.processes or 1) * (getattr(run.launch, "nodes", None) or 1)
+    gpus = run.launch.world_size
     micro_batch = run.batch.micro_batch or 1
     layout = Layout(
         gpus=gpus,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from moetrain.config.freeze import flatten, to_dict
 from moetrain.config.routers import NO_SCORES, TOP_K
-from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
+from moetrain.config.schema import LaunchConfig, ModelConfig, MoEConfig, RunConfig
 from moetrain.verify.layouts import Layout, global_batch
 
 D_MODEL, D_FF, VOCAB, CONTEXT, HEADS, EXPERTS, MOST_EVERY, MOST_TOP_K = 32, 64, 128, 16, 4, 8, 4, 8
@@ -84,7 +84,7 @@ def shrink(run: RunConfig, *, layouts: Sequence[Layout], steps: int) -> Shrunk:
         optim=replace(optim, lr=0.01, eps=max(optim.eps, 1e-3), clip=min(optim.clip, 0.1)),
         schedule=replace(run.schedule, kind="constant", steps=steps, tokens=None, warmup_steps=0, warmup_tokens=None,
                          decay_steps=None, decay_tokens=None),
-        launch=replace(run.launch, kind="local", processes=1, timeout_seconds=300),
+        launch=LaunchConfig(nodes=1, processes=1, timeout_seconds=300),
     )  # fmt: skip
     before, after = flatten(to_dict(run)), flatten(to_dict(small))
     changed = {

@@ -72,9 +72,9 @@ def train(words: Sequence[str]) -> int:
         else:
             print(screen.plan_text(run), flush=True)
             _fetch_newest(remote, run, run_dir)
-            from moetrain.launch.local import run_local
+            from moetrain.launch.start import start
 
-            if run_local(run_dir, processes=run.launch.processes or 1).stopped:
+            if start(run_dir, run.launch).stopped:
                 print("stopped on request; the same command goes on from the newest checkpoint")
                 _catch_up(remote, run, run_dir)
                 return STOPPED

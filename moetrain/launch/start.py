@@ -1,0 +1,52 @@
+"""One entry for every launcher: the processes of a run, on whatever ``launch.kind`` names.
+
+local        launch/local.py         processes on this machine
+hostfile     nodes/hostfile.py       one agent on each host, through the deepspeed launcher; the agents start the ranks
+slurm        cluster/slurm.py        a job; inside it one agent on each node, through srun
+kubernetes   cluster/kubernetes.py   a manifest; in it one agent in each pod
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from moetrain.config.schema import LaunchConfig
+from moetrain.launch.local import WORKER, Outcome, run_local
+
+
+def start(
+    run_dir: Path,
+    launch: LaunchConfig,
+    *,
+    module: str = WORKER,
+    on_poll: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run ``python -m MODULE RUN_DIR`` as one process for each rank, on every node, and wait for all of them.
+
+    Each has RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (the processes of a node), MASTER_ADDR and MASTER_PORT in
+    its environment, and leaves its error with ``parallel.lifeline.write_error``. Hold the run directory's ``RunLock``,
+    and call it from the main thread.
+
+    Args:
+        run_dir: where run.yaml lies; on several nodes, in a file system that all of them share.
+        launch: resolved: nodes and processes are numbers.
+        module: what each rank runs.
+        on_poll: called about ten times a second meanwhile.
+
+    Returns:
+        How it ended; ``queued`` is not empty where it is only handed over (slurm outside a job, kubernetes).
+
+    Raises:
+        LaunchError: a rank failed; NodeLost: a node is gone. The culprit's error alone.
+        MoetrainError: a rank met a fault that the user can mend.
+    """
+    assert launch.kind == "local", launch.kind
+    return run_local(
+        run_dir,
+        processes=launch.processes or 1,
+        command=[sys.executable, "-m", module, str(run_dir)],
+        bind_cores=launch.bind_cores,
+        on_poll=on_poll,
+    )
