@@ -253,8 +253,8 @@ def _layout(run: RunConfig) -> Iterator[str]:
         )
     elif node % expert_parallel and expert_parallel % node:
         yield (
-            f"parallel.expert_parallel is {expert_parallel}, but must divide launch.processes, {node}, or be a multiple "
-            f"of it, so that experts are shared inside a node or among whole nodes: use one of {fitting}"
+            f"parallel.expert_parallel is {expert_parallel}, but must divide launch.processes, {node}, or be a "
+            f"multiple of it, so that experts are shared inside a node or among whole nodes: use one of {fitting}"
         )
     if run.parallel.two_level_all_to_all and expert_parallel <= node:
         yield (

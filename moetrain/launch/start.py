@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moetrain.config.schema import LaunchConfig
 from moetrain.launch.local import WORKER, Outcome, run_local
+from moetrain.launch.nodes.hostfile import run_hostfile
 
 
 def start(
@@ -42,7 +43,8 @@ def start(
         LaunchError: a rank failed; NodeLost: a node is gone. The culprit's error alone.
         MoetrainError: a rank met a fault that the user can mend.
     """
-    assert launch.kind == "local", launch.kind
+    if launch.kind == "hostfile":
+        return run_hostfile(run_dir, launch, module=module, on_poll=on_poll)
     return run_local(
         run_dir,
         processes=launch.processes or 1,

@@ -38,7 +38,7 @@ def _kind(launch: LaunchConfig) -> Iterator[str]:
             yield f"launch.{name} is set, but launch.kind is {launch.kind}, which does not read it: use launch=hostfile"
     elif len(named) != 1:
         told = "both set" if named else "both null"
-        yield f"launch.hostfile and launch.hosts are {told}, but exactly one must name the nodes: e.g. launch.hosts=[a,b]"
+        yield f"launch.hostfile and launch.hosts are {told}, but one must name the nodes, e.g. launch.hosts=[a,b]"
     for interface_of in launch.interfaces or {}:
         if launch.hosts and interface_of not in launch.hosts:
             yield (
@@ -81,7 +81,7 @@ def _slurm(launch: LaunchConfig) -> Iterator[str]:
             yield f"launch.slurm.{name} is {value!r}, but must be a word of letters, digits and . , : + @ _ -"
     for line in slurm.extra or []:
         if not re.fullmatch(r"--?[A-Za-z][\x20-\x7e]*", line):
-            yield f"launch.slurm.extra has {line!r}, but must be options of sbatch, one in each text, e.g. '--exclusive'"
+            yield f"launch.slurm.extra has {line!r}, but each text must be an option of sbatch, e.g. '--exclusive'"
     for line in slurm.setup or []:
         if "\n" in line or "\0" in line:
             yield f"launch.slurm.setup has {line!r}, but each text must be one line"

@@ -75,6 +75,7 @@ def run_ranks(
     console: Path | None = None,
     bind_cores: bool = False,
     order: Callable[[], Order],
+    on_fault: Callable[[], None] = lambda: None,
     on_poll: Callable[[], None] = lambda: None,
     grace_seconds: float = 10.0,
 ) -> Result:
@@ -87,6 +88,7 @@ def run_ranks(
         console: where stdout of rank 0 is appended to; None: it is ours.
         bind_cores: each gets cores of its own.
         order: asked about ten times a second.
+        on_fault: called once when the first of them fails.
         on_poll: called as often.
         grace_seconds: time between SIGTERM and SIGKILL for the others when one has failed. A stop on request has no
             such limit: saving may take long, and a second request ends it.
@@ -99,7 +101,7 @@ def run_ranks(
         _start(workers, place, command, environment=environment, log_dir=log_dir, console=console)
         if bind_cores:
             bind([worker.process.pid for worker in workers])
-        never_ready = _watch(workers, order, on_poll=on_poll, grace_seconds=grace_seconds)
+        never_ready = _watch(workers, order, on_fault=on_fault, on_poll=on_poll, grace_seconds=grace_seconds)
     finally:
         _send(workers, signal.SIGKILL)
         for worker in workers:
@@ -225,6 +227,7 @@ def _watch(
     workers: Sequence[_Worker],
     order: Callable[[], Order],
     *,
+    on_fault: Callable[[], None],
     on_poll: Callable[[], None],
     grace_seconds: float,
 ) -> bool:
@@ -242,6 +245,7 @@ def _watch(
             never_ready = forwarded and -signal.SIGTERM in codes
             deadline = time.monotonic() + grace_seconds
             _send(workers, signal.SIGTERM)
+            on_fault()
         if all(code is not None for code in codes):
             return never_ready
         if wanted is not Order.GO_ON and not forwarded:
