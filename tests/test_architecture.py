@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "errors",
     },
     "compose": {"config", "errors"},
-    "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "errors"},
+    "launch": {"config", "plan", "parallel.topology", "parallel.lifeline", "checkpoint.store", "metrics.log", "errors"},
     "report": {"config", "plan", "metrics", "errors"},
     "bench": {"train", "checkpoint", "model", "moe", "metrics", "plan", "parallel", "config", "errors"},
     "train": {"checkpoint", "model", "data", "moe", "metrics", "plan", "parallel", "config", "errors"},

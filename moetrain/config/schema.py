@@ -229,8 +229,9 @@ class LaunchConfig:
     """hostfile: port of sshd on the nodes. null: 22, or as ~/.ssh/config says."""
     master_addr: str | None = None
     """Name or address of the first node, as all nodes reach it. null: its name in the hostfile, or in SLURM's list."""
-    master_port: int = 29400
-    """Port there on which the nodes meet. The processes' own port is chosen when they start."""
+    master_port: int | None = None
+    """Port there on which the nodes meet; the processes' own is chosen when they start. null: 29400, or, in a SLURM
+    job, one by its number."""
     interface: str | None = None
     """Network interface of every node for NCCL and gloo, e.g. ib0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME). null: they
     choose."""

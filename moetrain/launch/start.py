@@ -9,12 +9,17 @@ kubernetes   cluster/kubernetes.py   a manifest; in it one agent in each pod
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from moetrain.config.schema import LaunchConfig
+from moetrain.launch.cluster import kubernetes, slurm
 from moetrain.launch.local import WORKER, Outcome, run_local
+from moetrain.launch.machine.ranks import Order
 from moetrain.launch.nodes.hostfile import run_hostfile
+from moetrain.launch.nodes.spec import no_requests, requested
+from moetrain.launch.record import recorded
 
 
 def start(
@@ -43,12 +48,42 @@ def start(
         LaunchError: a rank failed; NodeLost: a node is gone. The culprit's error alone.
         MoetrainError: a rank met a fault that the user can mend.
     """
-    if launch.kind == "hostfile":
-        return run_hostfile(run_dir, launch, module=module, on_poll=on_poll)
-    return run_local(
-        run_dir,
-        processes=launch.processes or 1,
-        command=[sys.executable, "-m", module, str(run_dir)],
-        bind_cores=launch.bind_cores,
-        on_poll=on_poll,
-    )
+    if launch.kind == "slurm":
+        return slurm.submit(run_dir, launch, module=module)
+    if launch.kind == "kubernetes":
+        return kubernetes.write(run_dir, launch, module=module)
+    with recorded(run_dir, is_run=module == WORKER) as record:
+        if launch.kind == "hostfile":
+            return record(run_hostfile(run_dir, launch, module=module, on_poll=on_poll))
+        no_requests(run_dir)
+        return record(
+            run_local(
+                run_dir,
+                processes=launch.processes or 1,
+                command=[sys.executable, "-m", module, str(run_dir)],
+                bind_cores=launch.bind_cores,
+                order=_once_a_second(lambda: requested(run_dir)),
+                on_poll=on_poll,
+            )
+        )
+
+
+def handed_over(run_dir: Path, launch: LaunchConfig) -> str:
+    """What ``start`` would give to SLURM or Kubernetes; empty for launchers that start processes themselves."""
+    if launch.kind == "slurm":
+        return slurm.run_script(run_dir, launch)
+    if launch.kind == "kubernetes":
+        return kubernetes.manifest_text(run_dir, launch)
+    return ""
+
+
+def _once_a_second(ask: Callable[[], Order]) -> Callable[[], Order]:
+    last, asked = Order.GO_ON, 0.0
+
+    def order() -> Order:
+        nonlocal last, asked
+        if time.monotonic() > asked + 1.0:
+            last, asked = ask(), time.monotonic()
+        return last
+
+    return order

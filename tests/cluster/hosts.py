@@ -124,9 +124,7 @@ class Hosts:
             f"Port {PORT}\nHostKey {place}/hostkey\nAuthorizedKeysFile {place}/id.pub\nStrictModes no\n"
             "PermitRootLogin yes\nPasswordAuthentication no\nUsePAM no\nMaxStartups 100\n"
         )
-        hosts = "".join(
-            f"Host {name}\n HostName {address}\n" for name, address in zip(NAMES, ADDRESSES, strict=True)
-        )
+        hosts = "".join(f"Host {name}\n HostName {address}\n" for name, address in zip(NAMES, ADDRESSES, strict=True))
         (place / "ssh_config").write_text(
             f"{hosts}Host *\n Port {PORT}\n User root\n IdentityFile {place}/id\n StrictHostKeyChecking no\n"
             " UserKnownHostsFile /dev/null\n LogLevel ERROR\n ConnectTimeout 5\n"
@@ -136,7 +134,14 @@ class Hosts:
         (place / "bin" / "ssh").chmod(0o755)
 
     def _serve(self, number: int) -> None:
-        words = [str(_find("sshd")), "-D", "-f", f"{self.directory}/sshd_config", "-E", f"{self.directory}/sshd{number}.log"]
+        words = [
+            str(_find("sshd")),
+            "-D",
+            "-f",
+            f"{self.directory}/sshd_config",
+            "-E",
+            f"{self.directory}/sshd{number}.log",
+        ]
         self._servers.append(subprocess.Popen(["ip", "netns", "exec", self._spaces[number], *words]))
         for _ in range(50):
             done = subprocess.run(

@@ -28,12 +28,13 @@ whole checkpoint, also after a crash and on another number of processes; a finis
   --dry-run           check the settings and say what would run
   --config-dir DIR    presets of your own, laid out like moetrain's: DIR/model/mine.yaml, DIR/experiment/mine.yaml
 
-exit codes: 0 finished, 2 something to mend (said in one message), 75 stopped on request and saved
+exit codes: 0 finished (or queued), 2 something to mend (said in one message), 75 stopped on request and saved
 
 examples:
   moetrain train
   moetrain train name=long schedule.steps=2000 optim.lr=6e-4
   moetrain train model/moe=none                           the dense model of the same active size
+  moetrain train launch=slurm launch.nodes=4 --dry-run    print the script of a job on a SLURM cluster
   moetrain train 'data.text=[books/*.txt,notes.jsonl]' name=books
 """,
     "config": """usage: moetrain config [key=value …] [--config-dir DIR]
@@ -58,7 +59,11 @@ def train(words: Sequence[str]) -> int:
     remote = _remote(run)
     if "--dry-run" in options.flags:
         _compare_with_earlier(run, run_dir)
+        from moetrain.launch.start import handed_over
+
         print(f"{screen.plan_text(run)}\na dry run: nothing was started")
+        if text := handed_over(run_dir, run.launch):
+            print(f"\n{text}", end="")
         return 0
     from moetrain.launch.lock import RunLock
 
@@ -74,7 +79,11 @@ def train(words: Sequence[str]) -> int:
             _fetch_newest(remote, run, run_dir)
             from moetrain.launch.start import start
 
-            if start(run_dir, run.launch).stopped:
+            outcome = start(run_dir, run.launch)
+            if outcome.queued:
+                print(f"{outcome.queued}\nsee moetrain status, logs and cancel {run_dir}")
+                return 0
+            if outcome.stopped:
                 print("stopped on request; the same command goes on from the newest checkpoint")
                 _catch_up(remote, run, run_dir)
                 return STOPPED

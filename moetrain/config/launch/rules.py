@@ -60,10 +60,10 @@ def _words(launch: LaunchConfig) -> Iterator[str]:
             yield f"{name} has {value!r}, but must match {pattern}: write it without spaces and signs of a shell"
     if launch.hosts and len(set(launch.hosts)) < len(launch.hosts):
         yield f"launch.hosts is {launch.hosts}, but each host may be named once: use launch.processes for more on each"
-    if not 0 < launch.master_port < 65536:
-        yield f"launch.master_port is {launch.master_port}, but must lie between 1 and 65535"
-    if launch.ssh_port is not None and not 0 < launch.ssh_port < 65536:
-        yield f"launch.ssh_port is {launch.ssh_port}, but must lie between 1 and 65535"
+    for name in ("master_port", "ssh_port"):
+        port = getattr(launch, name)
+        if port is not None and not 0 < port < 65536:
+            yield f"launch.{name} is {port}, but must lie between 1 and 65535"
 
 
 def _slurm(launch: LaunchConfig) -> Iterator[str]:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetrain.errors import LaunchError
+from moetrain.launch.fault import remove_old_errors
 from moetrain.launch.local import machine_environment
 from moetrain.launch.machine.cores import visible_gpus
 from moetrain.launch.machine.ranks import POLL_SECONDS, Order, Place, Result, StopRequests, free_port, run_ranks
 from moetrain.launch.nodes.channel import First, Other
-from moetrain.launch.nodes.spec import CONSOLE, NodeEnd, Spec, from_word, read_spec, requested
+from moetrain.launch.nodes.spec import CONSOLE, NodeEnd, Spec, from_word, read_spec, remove_old_ends, requested
 from moetrain.parallel.lifeline import STOPPED
 
 PROBLEM = "moetrain node: "
@@ -34,6 +35,10 @@ def main(words: Sequence[str]) -> int:
     try:
         spec = read_spec(from_word(words[0]))
         node = _number(os.environ, spec)
+        if spec.unattended and node == 0:
+            remove_old_ends(Path(spec.run_dir))
+            remove_old_errors(Path(spec.run_dir) / "log")
+        spec = replace(spec, master_addr=spec.master_addr or os.environ["MASTER_ADDR"])
         with StopRequests() as requests:
             end = _Node(spec, node=node, requests=requests).run()
     except LaunchError as error:
@@ -44,7 +49,9 @@ def main(words: Sequence[str]) -> int:
     codes = {each.code for each in end.ended}
     if end.problem or end.lost or not codes <= {0, STOPPED}:
         return 1
-    return STOPPED if STOPPED in codes else 0
+    if STOPPED in codes and not (spec.unattended and requested(Path(spec.run_dir)) is not Order.GO_ON):
+        return STOPPED
+    return 0
 
 
 @dataclass(kw_only=True)

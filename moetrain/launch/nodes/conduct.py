@@ -27,6 +27,7 @@ from moetrain.launch.nodes.channel import LAUNCHER, Other
 from moetrain.launch.nodes.spec import CONSOLE, NodeEnd, Spec, read_ends, request
 
 LAUNCHER_LOG = "launcher.log"
+DEFAULT_PORT = 29400
 _GRACE_SECONDS = 15.0
 """Besides launch.lost_after_seconds: for what is left of a run that has failed."""
 
@@ -73,7 +74,7 @@ def make_spec(
         processes=launch.processes or 1,
         bind_cores=launch.bind_cores,
         master_addr=master_addr,
-        master_port=launch.master_port,
+        master_port=launch.master_port or DEFAULT_PORT,
         token=secrets.token_hex(16),
         environment=dict(environment),
         interface=launch.interface,
@@ -90,6 +91,7 @@ def conduct(
     command: Sequence[str],
     *,
     environment: Mapping[str, str],
+    in_job: bool = False,
     on_poll: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Start the agents by a command, and wait until nothing of the run is alive any more.
@@ -97,6 +99,7 @@ def conduct(
     Args:
         command: starts an agent on each node, and ends after them. Its output goes to RUN_DIR/log/launcher.log.
         environment: of the command.
+        in_job: a scheduler sends the signals, and may send them more than once; it kills by itself.
         on_poll: called about ten times a second.
 
     Raises:
@@ -114,21 +117,24 @@ def conduct(
                                        stdout=output, stderr=output, start_new_session=True)  # fmt: skip
         except OSError as error:
             raise LaunchError(f"{command[0]} could not be started: {error.strerror}") from error
-        follower = _Follower(spec, process, requests, log=log)
+        follower = _Follower(spec, process, requests, log=log, most=Order.STOP if in_job else Order.KILL)
         try:
             while follower.goes_on():
                 on_poll()
                 time.sleep(POLL_SECONDS)
         finally:
             follower.end()
+            spec.remove()
     return _judge(spec, asked=requests.count, log=log)
 
 
 class _Follower:
     """Watches the command and the agents until there is nothing left to wait for."""
 
-    def __init__(self, spec: Spec, process: subprocess.Popen[bytes], requests: StopRequests, *, log: Path) -> None:
-        self._spec, self._process, self._requests, self._log = spec, process, requests, log
+    def __init__(
+        self, spec: Spec, process: subprocess.Popen[bytes], requests: StopRequests, *, log: Path, most: Order
+    ) -> None:
+        self._spec, self._process, self._requests, self._log, self._most = spec, process, requests, log, most
         self._run_dir = Path(spec.run_dir)
         self._console = Console(self._run_dir / "log" / CONSOLE)
         self._channel: Other | None = None
@@ -173,7 +179,7 @@ class _Follower:
             return
 
     def _pass_on(self) -> None:
-        order = self._requests.order()
+        order = min(self._most, self._requests.order())
         if order > self._told:
             self._told = order
             if self._channel is not None:

@@ -22,7 +22,7 @@ from moetrain.launch.nodes import agent
 from moetrain.launch.nodes.conduct import conduct, make_spec
 from moetrain.launch.nodes.environment import handed_over, of_launcher
 from moetrain.launch.nodes.hosts import hosts_of
-from moetrain.launch.nodes.spec import in_a_word, launch_directory
+from moetrain.launch.nodes.spec import SPEC_FILE, in_a_word, launch_directory
 
 _NODE_VARIABLE = {"pdsh": "RANK", "openmpi": "OMPI_COMM_WORLD_RANK", "mpich": "RANK", "slurm": "SLURM_PROCID"}
 # what DeepSpeed and the runners set for the one process of a node; CUDA_VISIBLE_DEVICES would hide all GPUs but one
@@ -49,7 +49,7 @@ def run_hostfile(
     place.mkdir(parents=True, exist_ok=True)
     hostfile = place / "hostfile"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in names), encoding="utf-8")
-    command = deepspeed_command(launch, hostfile=hostfile, spec_file=place / "node.json", master_addr=spec.master_addr)
+    command = deepspeed_command(launch, hostfile=hostfile, spec_file=place / SPEC_FILE, master_addr=spec.master_addr)
     return conduct(spec, command, environment=of_launcher(os.environ), on_poll=on_poll)
 
 

@@ -19,6 +19,7 @@ from moetrain.errors import LaunchError
 from moetrain.launch.fault import Ended
 from moetrain.launch.machine.ranks import Order
 
+SPEC_FILE = "node.json"
 STOP_FILE = "stop"
 CONSOLE = "console.txt"
 """In RUN_DIR/log: what rank 0 prints, where it has no terminal."""
@@ -51,18 +52,24 @@ class Spec:
     start_seconds: float
     node_variable: str
     """Environment variable that tells a node its number."""
+    unattended: bool = False
+    """No launcher waits for the agents (Kubernetes): the first one sees to what is left of an earlier start, and a stop
+    that was asked for counts as an end."""
     dropped: list[str]
     """Environment variables that whoever starts the agents sets, and that must not reach the ranks."""
 
     def write(self) -> Path:
         """Leave it where the agents look for it, and remove what an earlier start left."""
-        place = launch_directory(Path(self.run_dir))
-        place.mkdir(parents=True, exist_ok=True)
-        for old in (*place.glob("end_*.json"), place / STOP_FILE):
-            old.unlink(missing_ok=True)
-        path = place / "node.json"
+        remove_old_ends(Path(self.run_dir))
+        no_requests(Path(self.run_dir))
+        path = launch_directory(Path(self.run_dir)) / SPEC_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, asdict(self))
         return path
+
+    def remove(self) -> None:
+        """Take it away: what was handed over may hold secrets."""
+        (launch_directory(Path(self.run_dir)) / SPEC_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,17 @@ def read_ends(run_dir: Path, *, nodes: int) -> dict[int, NodeEnd]:
         ended = [Ended(**each | {"log": Path(each["log"])}) for each in entry["ended"]]
         found[node] = replace(NodeEnd(**entry | {"ended": []}), ended=ended)
     return found
+
+
+def remove_old_ends(run_dir: Path) -> None:
+    """Forget how the nodes ended the last time."""
+    for old in launch_directory(run_dir).glob("end_*.json"):
+        old.unlink(missing_ok=True)
+
+
+def no_requests(run_dir: Path) -> None:
+    """Forget what was asked of an earlier start."""
+    (launch_directory(run_dir) / STOP_FILE).unlink(missing_ok=True)
 
 
 def requested(run_dir: Path) -> Order:
