@@ -65,9 +65,11 @@ def train(words: Sequence[str]) -> int:
         if text := handed_over(run_dir, run.launch):
             print(f"\n{text}", end="")
         return 0
+    from moetrain.launch.cluster.slurm import refuse_queued
     from moetrain.launch.lock import RunLock
 
     with RunLock(run_dir):
+        refuse_queued(run_dir)
         finished = screen.is_finished(run, run_dir)
         if remote is not None and not finished:
             remote.probe()

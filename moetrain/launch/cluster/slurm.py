@@ -41,14 +41,8 @@ def submit(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> Outc
     """Put the run into the queue.
 
     Raises:
-        LaunchError: it is already there, or sbatch refuses.
+        LaunchError: sbatch refuses.
     """
-    waiting = job_of(run_dir)
-    state = None if waiting is None else state_of(waiting)
-    if state is not None:
-        raise LaunchError(
-            f"{run_dir} is already SLURM job {waiting} ({state}): wait for it, or `moetrain cancel {run_dir}`"
-        )
     place = launch_directory(run_dir)
     place.mkdir(parents=True, exist_ok=True)
     (run_dir / "log").mkdir(exist_ok=True)
@@ -57,6 +51,20 @@ def submit(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> Outc
     job = _sbatch(script)
     _remember(run_dir, job)
     return Outcome(stopped=False, queued=f"SLURM job {job}")
+
+
+def refuse_queued(run_dir: Path) -> None:
+    """Let nobody change a run, or start it, while it waits in the queue.
+
+    Raises:
+        LaunchError: its job is there.
+    """
+    waiting = job_of(run_dir)
+    state = None if waiting is None or waiting == os.environ.get("SLURM_JOB_ID") else state_of(waiting)
+    if state is not None:
+        raise LaunchError(
+            f"{run_dir} is already SLURM job {waiting} ({state}): wait for it, or `moetrain cancel {run_dir}`"
+        )
 
 
 def submit_array(

@@ -90,16 +90,16 @@ class _Node:
         channel = self._connect()
         try:
             end = self._run(channel)
-            end.write(self._run_dir)
             if isinstance(channel, Other):
+                end.write(self._run_dir)
                 channel.done()
                 return end
             if end.problem or any(each.code not in (0, STOPPED) for each in end.ended):
                 channel.tell(Order.END)
+            # the first node's word is the last: it knows of all the others
             channel.wait_for_others()
-            if channel.lost != set(end.lost):
-                end = replace(end, lost=sorted(channel.lost))
-                end.write(self._run_dir)
+            end = replace(end, lost=sorted(channel.lost | set(end.lost)))
+            end.write(self._run_dir)
             return end
         finally:
             channel.close()

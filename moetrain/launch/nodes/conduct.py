@@ -30,6 +30,8 @@ LAUNCHER_LOG = "launcher.log"
 DEFAULT_PORT = 29400
 _GRACE_SECONDS = 15.0
 """Besides launch.lost_after_seconds: for what is left of a run that has failed."""
+_END_SECONDS = 2.0
+"""For the command that started the agents, when they have all ended."""
 
 _HINTS = (
     (r"Permission denied \(", "ssh must work without a password: ssh-copy-id, or an agent; try `ssh HOST true`"),
@@ -190,8 +192,9 @@ class _Follower:
 
     def _look(self, now: float) -> None:
         ends = read_ends(self._run_dir, nodes=self._spec.nodes)
-        if len(ends) == self._spec.nodes:
-            self._wait_at_most(_GRACE_SECONDS)
+        if 0 in ends:
+            # all are done or lost; ssh to a lost one would wait for many minutes
+            self._wait_at_most(_END_SECONDS if ends[0].lost else _GRACE_SECONDS)
         elif any(end.lost or end.problem or any(e.badly for e in end.ended) for end in ends.values()):
             self._wait_at_most(self._spec.lost_after_seconds + _GRACE_SECONDS)
         if self._channel is not None and self._channel.lost:
