@@ -55,13 +55,13 @@ def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
     assert "queued" in shown
     assert f"SLURM job {number}, PENDING" in shown
     # SLURM holds a requeued job back for two minutes
-    slurm.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+    slurm.call("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=30")
     wait_until(lambda: place.step("queued") > saved + 3, what=lambda: printed(place, "queued"))
     assert "resumed from" in printed(place, "queued")
 
     cancelled = place.call(*place.words("cancel", "queued"), **slurm.environment)
     assert "was asked to save and stop" in cancelled.stdout, cancelled.stderr
-    wait_until(lambda: state(slurm, number) == "FAILED", what=lambda: state(slurm, number))  # its exit code is 75
+    wait_until(lambda: state(slurm, number) == "FAILED", what=lambda: state(slurm, number))
     shown = place.call(*place.words("status", "queued"), **slurm.environment).stdout
     assert " stopped " in shown
 

@@ -25,9 +25,10 @@ from moetrain.config.schema import LaunchConfig
 from moetrain.errors import LaunchError, MoetrainError
 from moetrain.launch.local import WORKER, Outcome
 from moetrain.launch.lock import RunLock
+from moetrain.launch.machine.ranks import Order
 from moetrain.launch.nodes.conduct import conduct, make_spec
 from moetrain.launch.nodes.environment import python_path
-from moetrain.launch.nodes.spec import SPEC_FILE, in_a_word, launch_directory
+from moetrain.launch.nodes.spec import SPEC_FILE, in_a_word, launch_directory, requested
 from moetrain.launch.record import recorded
 from moetrain.parallel.lifeline import STOPPED
 
@@ -192,6 +193,9 @@ def main(words: Sequence[str]) -> int:
         return 2
     if not outcome.stopped:
         return 0
+    if requested(run_dir) is not Order.GO_ON:
+        print("stopped by moetrain cancel: the job does not go back into the queue", flush=True)
+        return 1
     if _newest(run_dir) == before:
         print("moetrain: nothing was saved since the job began: the time limit (launch.slurm.time) is too short for "
               "the start, a step and a save, or launch.slurm.save_seconds is", file=sys.stderr)  # fmt: skip

@@ -98,7 +98,8 @@ class _Node:
                 channel.tell(Order.END)
             # the first node's word is the last: it knows of all the others
             channel.wait_for_others()
-            end = replace(end, lost=sorted(channel.lost | set(end.lost)))
+            if not end.never_ready:
+                end = replace(end, lost=sorted(channel.lost | set(end.lost)))
             end.write(self._run_dir)
             return end
         finally:
@@ -122,13 +123,14 @@ class _Node:
         spec, order = self._spec, _Order(spec=self._spec, channel=channel, requests=self._requests)
         port = self._meet(channel, order)
         if port is None:
-            missing = channel.missing() if isinstance(channel, First) else []
-            if missing and order() is Order.GO_ON:
-                channel.tell(Order.END)
+            has_time = order() is Order.GO_ON
+            missing = channel.give_up() if isinstance(channel, First) else []
+            if missing and has_time:
                 named = ", ".join(self._name(node) for node in missing)
                 told = f"{named} did not start within {spec.start_seconds:g} s (launch.start_seconds)"
                 return self._end(problem=told, lost=missing)
-            return self._end(lost=sorted(channel.lost), never_ready=order() is not Order.END)
+            # a stop that comes before all are here: nobody is lost, and there is nothing to save
+            return self._end(never_ready=True) if not has_time else self._end(lost=sorted(channel.lost))
         environment = self._environment()
         gpus = visible_gpus(os.listdir("/dev"), environment)
         if 0 < gpus < spec.processes:

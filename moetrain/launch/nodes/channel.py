@@ -100,6 +100,13 @@ class First:
         with self._lock:
             return [node for node in range(1, self._nodes) if node not in self._peers]
 
+    def give_up(self) -> list[int]:
+        """Count those that have not come as lost, and end the run on the others; returns them."""
+        missing = self.missing()
+        for node in missing:
+            self._lose(node)
+        return missing
+
     def begin(self) -> None:
         """Tell all that all are here."""
         self._started = True

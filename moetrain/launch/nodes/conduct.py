@@ -186,7 +186,8 @@ class _Follower:
             self._told = order
             if self._channel is not None:
                 self._channel.tell(order)
-            request(self._run_dir, kill=order is Order.KILL)
+            else:
+                request(self._run_dir, kill=order is Order.KILL)
             if order is Order.KILL:
                 self._wait_at_most(_GRACE_SECONDS)
 
