@@ -161,7 +161,7 @@ def request(run_dir: Path, *, kill: bool) -> None:
 
 def in_a_word(path: Path) -> str:
     """A path as a word that no shell and no launcher takes for anything else."""
-    return urllib.parse.quote(str(path), safe="/").replace("%", "=")
+    return urllib.parse.quote(str(path), safe="/").replace("~", "%7E").replace("%", "=")
 
 
 def from_word(word: str) -> Path:
