@@ -45,7 +45,7 @@ POSITIVE = (
     "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
     "launch.nodes", "launch.lost_after_seconds", "launch.start_seconds", "launch.kubernetes.rdma_per_node",
-    "launch.slurm.cpus_per_node",
+    "launch.slurm.cpus_per_node", "launch.slurm.save_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.max_sequences", "log.every_steps",
     "log.dead_after_steps", "log.peak_tflops",
@@ -65,7 +65,8 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
         default_processes: processes to start on each node when the user named no number.
     """
     processes = default_processes if run.launch.processes is None else run.launch.processes
-    launch = replace(run.launch, processes=processes, nodes=run.launch.nodes or len(run.launch.hosts or ()) or 1)
+    nodes = len(run.launch.hosts or ()) or 1 if run.launch.nodes is None else run.launch.nodes
+    launch = replace(run.launch, processes=processes, nodes=nodes)
     length = run.model.context if run.batch.sequence_length is None else run.batch.sequence_length
     micro_batch = run.batch.micro_batch
     if micro_batch is None:

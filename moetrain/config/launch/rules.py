@@ -73,8 +73,8 @@ def _slurm(launch: LaunchConfig) -> Iterator[str]:
             f"launch.slurm.time is '{slurm.time}', but must be MINUTES, HOURS:MINUTES:SECONDS or "
             "DAYS-HOURS:MINUTES:SECONDS, e.g. 1-12:00:00"
         )
-    if not 0 < slurm.save_seconds < 65536:
-        yield f"launch.slurm.save_seconds is {slurm.save_seconds}, but must lie between 1 and 65535"
+    if slurm.save_seconds > 65535:
+        yield f"launch.slurm.save_seconds is {slurm.save_seconds}, but must be at most 65535, which is SLURM's limit"
     for name in ("partition", "account", "qos", "memory"):
         value = getattr(slurm, name)
         if value is not None and not re.fullmatch(r"[\w.,:+@-]+", value, re.ASCII):
