@@ -34,7 +34,7 @@ examples:
   moetrain train
   moetrain train name=long schedule.steps=2000 optim.lr=6e-4
   moetrain train model/moe=none                           the dense model of the same active size
-  moetrain train launch=slurm launch.nodes=4 --dry-run    print the script of a job on a SLURM cluster
+  moetrain train launch=slurm launch.nodes=2 --dry-run    print the script of a job on a SLURM cluster
   moetrain train 'data.text=[books/*.txt,notes.jsonl]' name=books
 """,
     "config": """usage: moetrain config [key=value …] [--config-dir DIR]
