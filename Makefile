@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help train setup test check format lint types bench torture image clean
+.PHONY: help train setup test test-cluster check format lint types bench torture image clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: $(VENV)/.installed ## set up if need be, then train (or resume) the tiny model; ARGS="key=value …"
 	$(BIN)/moetrain train $(ARGS)
@@ -15,6 +15,10 @@ setup: $(VENV)/.installed-dev ## the virtual environment with everything for dev
 
 test: $(VENV)/.installed-dev ## the whole test suite; ARGS="-k name" for a part
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(VENV)/.installed-dev ## runs on two hosts and a SLURM made for it, as root on Debian; else it skips
+	tests/cluster/packages.sh
+	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 check: lint types test ## all that CI checks
 
@@ -25,6 +29,7 @@ format: $(VENV)/.installed-dev ## put the code into the project's form
 lint: $(VENV)/.installed-dev ## form and common faults
 	$(BIN)/ruff format --check moetrain tests scripts
 	$(BIN)/ruff check moetrain tests scripts
+	$(BIN)/hadolint docker/Dockerfile
 
 types: $(VENV)/.installed-dev ## mypy --strict on the rooms without torch
 	$(BIN)/mypy

@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "parallel.topology",
         "parallel.lifeline",
         "checkpoint.store",
+        "metrics.log",
         "watch.incidents",
         "watch.board",
         "errors",

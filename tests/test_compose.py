@@ -243,7 +243,7 @@ class TestMessages:
             ("model=[tiny,gpt2_124m]", "'model=[tiny,gpt2_124m]' is not there: model is one of"),
             ("model=${name}", "'model=${name}' is not there: model is one of"),
             ("model/moe=dense", "'model/moe=dense' is not there: model/moe is one of none, preset, top2_8e"),
-            ("launch=slurm", "'launch=slurm' is not there: launch is one of local"),
+            ("launch=cloud", "'launch=cloud' is not there: launch is one of hostfile, kubernetes, local, slurm"),
             ("experiment=null", "'experiment=null' is not there: experiment is one of"),
             ("experiment=[zzz]", "'experiment=[zzz]' is not there: experiment is one of"),
             ("+experiment=expert_parallel_4", "write experiment=expert_parallel_4, without the +"),

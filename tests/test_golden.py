@@ -55,7 +55,7 @@ def test_a_preset_is_what_it_was(preset, golden):
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:
-    processes = run.launch.processes or 0
+    processes = run.launch.world_size
     return deepspeed_config(
         micro_batch=run.batch.micro_batch or 0,
         accumulation=run.batch.global_batch // (run.batch.micro_batch or 1) // processes,

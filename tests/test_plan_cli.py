@@ -56,7 +56,7 @@ def test_the_written_experiment_is_one_that_train_takes_as_it_is(plan, place, ca
     written = yaml.safe_load(path.read_text())
     run, composed = settings(Options.read(["--config-dir", str(place), "experiment=mixtral"]))
     assert composed.choices["model"] == "mixtral_8x7b"
-    assert run.launch.processes == 128
+    assert (run.launch.kind, run.launch.nodes, run.launch.processes) == ("slurm", 16, 8)
     assert run.parallel.expert_parallel == written["parallel"]["expert_parallel"]
     assert run.batch.global_batch * 4096 == pytest.approx(4e6, rel=0.5)
     assert (run.schedule.tokens, run.schedule.steps) == (2_000_000_000_000, None)

@@ -32,6 +32,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("running.train", "train a model, or go on with a run that was interrupted", presets=True),
+    "status": Verb("running.launch", "the runs that are there, and how far they are"),
+    "logs": Verb("running.launch", "what a run prints"),
+    "cancel": Verb("running.launch", "ask a run to save and stop"),
     "prepare": Verb("before.data", "text to token files (train does it by itself)", presets=True),
     "config": Verb("running.train", "show every setting of a run, and where each comes from", presets=True),
     "plan": Verb("before.plan", "which layouts fit a cluster, how long a run takes, what it costs", presets=True),
@@ -118,7 +121,12 @@ def _preset_help(verb: str) -> str:
     from moetrain.compose import presets
 
     lines = []
-    groups = [("model", "models"), ("model/moe", "sparse blocks"), ("experiment", "experiments")]
+    groups = [
+        ("model", "models"),
+        ("model/moe", "sparse blocks"),
+        ("launch", "launchers"),
+        ("experiment", "experiments"),
+    ]
     if verb == "plan":
         groups.append(("cluster", "clusters"))
     for group, what in groups:

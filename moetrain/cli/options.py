@@ -54,13 +54,16 @@ def settings(options: Options) -> tuple[RunConfig, Composed]:
     from moetrain.compose import compose
     from moetrain.config.checks import check, resolve
     from moetrain.config.freeze import flatten, freeze, to_dict
-    from moetrain.launch.local import default_processes
+    from moetrain.launch.machine.cores import default_processes
+    from moetrain.launch.nodes.hosts import with_hosts
 
     composed = compose(options.overrides, config_dir=options.config_dir)
     run = freeze(composed.settings)
     if run.name is None:
         run = replace(run, name=_default_name(composed.choices, is_dense=run.model.moe is None))
-    run = resolve(run, default_processes=_fitting(default_processes(), batch=run.batch.global_batch))
+    run = replace(run, launch=with_hosts(run.launch))
+    nodes = run.launch.nodes or 1
+    run = resolve(run, default_processes=_fitting(default_processes(), batch=run.batch.global_batch // max(1, nodes)))
     check(run, flatten(to_dict(run)))
     return run, composed
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moetrain.config.data import broken_rules as broken_data_rules
+from moetrain.config.launch.rules import broken_rules as broken_launch_rules
+from moetrain.config.launch.settings import KINDS, MANIFESTS, RUNNERS
 from moetrain.config.routers import ROUTERS, broken_rules, resolve_router
 from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, RunConfig, ScheduleConfig
 from moetrain.errors import ConfigError
@@ -28,7 +30,9 @@ CHOICES = {
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "prepare.duplicates": ("keep", "exact", "near"),
     "prepare.tokenizer_kind": ("bpe", "unigram"),
-    "launch.kind": ("local",),
+    "launch.kind": KINDS,
+    "launch.runner": RUNNERS,
+    "launch.kubernetes.manifest": MANIFESTS,
     "checkpoint.on_failure": ("stop", "go_on"),
     "preflight": ("auto", "full", "skip"),
     "log.wandb": ("auto", "online", "offline", "off"),
@@ -45,10 +49,10 @@ POSITIVE = (
     "model.moe.sinkhorn_iterations", "model.moe.weight_scale", "model.moe.capacity_factor",
     "model.moe.evaluation_capacity_factor", "model.moe.min_capacity", "batch.global_batch", "batch.micro_batch",
     "batch.sequence_length", "data.temperature", "data.max_epochs", "data.stream_block",
-    "data.stream_window",
-    "optim.router_lr_ratio", "optim.experts_lr_ratio",
-    "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
+    "data.stream_window", "optim.router_lr_ratio", "optim.experts_lr_ratio", "optim.lr", "optim.eps", "schedule.steps", "schedule.tokens", "schedule.decay_steps",
     "schedule.decay_tokens", "parallel.expert_parallel", "launch.processes", "launch.timeout_seconds",
+    "launch.nodes", "launch.lost_after_seconds", "launch.start_seconds", "launch.kubernetes.rdma_per_node",
+    "launch.slurm.cpus_per_node", "launch.slurm.save_seconds",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.max_sequences", "log.every_steps",
     "log.dead_after_steps", "log.peak_tflops", "prepare.workers", "prepare.min_characters", "prepare.max_characters",
@@ -61,6 +65,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay", "optim.clip", "schedule.warmup_steps", "schedule.warmup_tokens", "checkpoint.keep_best",
     "launch.max_restarts", "watch.hang_seconds", "watch.straggler_steps", "watch.leave_out_before",
     "watch.max_rollbacks",
+    "launch.slurm.gpus_per_node", "launch.kubernetes.gpus_per_node", "launch.kubernetes.retries",
 )  # fmt: skip
 
 
@@ -68,13 +73,15 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
     """Fill in the settings left to be worked out, so that ``run.yaml`` says what happens.
 
     Args:
-        default_processes: processes to start on this machine when the user named no number.
+        default_processes: processes to start on each node when the user named no number.
     """
     processes = default_processes if run.launch.processes is None else run.launch.processes
+    nodes = len(run.launch.hosts or ()) or 1 if run.launch.nodes is None else run.launch.nodes
+    launch = replace(run.launch, processes=processes, nodes=nodes)
     length = run.model.context if run.batch.sequence_length is None else run.batch.sequence_length
     micro_batch = run.batch.micro_batch
     if micro_batch is None:
-        micro_batch = max(1, run.batch.global_batch // max(1, processes))
+        micro_batch = max(1, run.batch.global_batch // max(1, launch.world_size))
     expert_parallel = run.parallel.expert_parallel
     if expert_parallel is None:
         expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
@@ -86,7 +93,7 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
         model=model,
         run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
         batch=replace(run.batch, micro_batch=micro_batch, sequence_length=length),
-        launch=replace(run.launch, processes=processes),
+        launch=launch,
         parallel=replace(run.parallel, expert_parallel=expert_parallel),
     )
 
@@ -101,7 +108,7 @@ def check(run: RunConfig, flat: dict[str, object]) -> None:
     Raises:
         ConfigError: with every broken rule.
     """
-    problems = [*_single_fields(flat), *broken_data_rules(run.data)]
+    problems = [*_single_fields(flat), *broken_data_rules(run.data), *broken_launch_rules(run.launch)]
     # rules across fields divide by numbers: they wait until each number by itself is sound
     if not problems:
         problems += [*_model(run.model), *_layout(run), *_batch(run), *_schedule(run.schedule), *_engine(run),
@@ -257,7 +264,8 @@ def _moe(moe: MoEConfig, *, num_layers: int) -> Iterator[str]:
 
 
 def _layout(run: RunConfig) -> Iterator[str]:
-    expert_parallel, world_size = run.parallel.expert_parallel or 1, run.launch.processes or 1
+    expert_parallel, world_size = run.parallel.expert_parallel or 1, run.launch.world_size
+    node = run.launch.processes or 1
     if run.model.moe is None:
         if expert_parallel > 1:
             yield f"parallel.expert_parallel is {expert_parallel}, but the model is dense: use 1"
@@ -265,7 +273,7 @@ def _layout(run: RunConfig) -> Iterator[str]:
             yield "parallel.two_level_all_to_all is true, but the model is dense: set it to false"
         return
     experts = run.model.moe.num_experts
-    fitting = _divisors(math.gcd(world_size, experts))
+    fitting = [n for n in _divisors(math.gcd(world_size, experts)) if node % n == 0 or n % node == 0]
     if world_size % expert_parallel:
         yield (
             f"parallel.expert_parallel is {expert_parallel}, but must divide the world size, {world_size}: "
@@ -277,21 +285,26 @@ def _layout(run: RunConfig) -> Iterator[str]:
             f"{expert_parallel}: use {_near(experts, expert_parallel, least=run.model.moe.top_k)}, "
             f"or an expert_parallel of {fitting}"
         )
-    if run.parallel.two_level_all_to_all and expert_parallel <= (run.launch.processes or 1):
+    elif node % expert_parallel and expert_parallel % node:
+        yield (
+            f"parallel.expert_parallel is {expert_parallel}, but must divide launch.processes, {node}, or be a "
+            f"multiple of it, so that experts are shared inside a node or among whole nodes: use one of {fitting}"
+        )
+    if run.parallel.two_level_all_to_all and expert_parallel <= node:
         yield (
             f"parallel.two_level_all_to_all is true, but parallel.expert_parallel is {expert_parallel}, and experts "
-            f"are shared inside a node of {run.launch.processes} processes: set it to false"
+            f"are shared inside a node of {node} processes: set it to false"
         )
 
 
 def _batch(run: RunConfig) -> Iterator[str]:
     batch: BatchConfig = run.batch
     micro_batch = batch.micro_batch or 1
-    per_pass = micro_batch * (run.launch.processes or 1)
+    per_pass = micro_batch * run.launch.world_size
     if batch.global_batch % per_pass:
         yield (
             f"batch.global_batch is {batch.global_batch}, but must be a multiple of batch.micro_batch x world size, "
-            f"{micro_batch} x {run.launch.processes} = {per_pass}: use {_near(batch.global_batch, per_pass)}, or "
+            f"{micro_batch} x {run.launch.world_size} = {per_pass}: use {_near(batch.global_batch, per_pass)}, or "
             "another micro_batch"
         )
     if batch.sequence_length and batch.sequence_length > run.model.context:

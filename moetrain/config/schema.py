@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moetrain.config.data import DataConfig, PrepareConfig
+from moetrain.config.launch.settings import LaunchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,26 +210,6 @@ class ParallelConfig:
     recompute: str = "none"
     """Activations that the backward pass works out anew instead of keeping them: none, selective (all but what the
     experts got and answered, so that nothing travels twice) or full (all inside a block). The results are the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
-    """How the run gets its processes."""
-
-    kind: str = "local"
-    """local: this machine."""
-    processes: int | None = None
-    """Processes on each node. null: one per GPU, or 2 on a machine without GPUs."""
-    timeout_seconds: int = 600
-    """A collective that waits longer than this fails the run; those of DeepSpeed's own groups keep torch's default."""
-    max_restarts: int = 0
-    """How often the run is started again, from its newest whole checkpoint, after a fault that may not come again: a
-    rank killed, a node lost, a hang, a broken connection. An error in the settings or the data never is."""
-    elastic: bool = False
-    """Where processes are lost for good, restart on those that are left, in a smaller layout of the same global
-    batch."""
-    stop_after_minutes: float | None = None
-    """Save and stop, with exit code 75, this long after the start; null: no limit of time."""
 
 
 @dataclass(frozen=True, kw_only=True)

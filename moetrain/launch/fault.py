@@ -38,6 +38,19 @@ _HINTS = {
 }
 
 
+class NodeLost(LostError):
+    """Nodes of a run are gone: the machine, its network, or what ran there; the others have ended the run.
+
+    Args:
+        message: for the user.
+        hosts: their names, as the hostfile or SLURM has them.
+    """
+
+    def __init__(self, message: str, *, hosts: Sequence[str]) -> None:
+        self.hosts = tuple(hosts)
+        super().__init__(message)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ended:
     """How one worker ended."""
@@ -52,6 +65,8 @@ class Ended:
     log: Path
     log_start: int
     """Bytes in the log before this start; what is older belongs to another one."""
+    ahead: float = 0.0
+    """Seconds by which the clock of its machine is ahead of the first machine's."""
 
     @property
     def badly(self) -> bool:
@@ -114,13 +129,20 @@ def _is_of_the_connection(report: _Report) -> bool:
 
 def _cause(ended: Sequence[Ended], reports: dict[int, _Report]) -> Ended:
     by_rank = {e.rank: e for e in ended}
-    killed = sorted((e for e in ended if e.code < 0 and not e.by_us), key=lambda e: e.seen)
-    first = min(reports.values(), key=lambda r: r.time, default=None)
-    if killed and (first is None or first.time > killed[0].seen - _HEAD_START_SECONDS):
+
+    def seen(one: Ended) -> float:
+        return one.seen - one.ahead
+
+    def told(report: _Report) -> float:
+        return report.time - by_rank[report.rank].ahead
+
+    killed = sorted((e for e in ended if e.code < 0 and not e.by_us), key=seen)
+    first = min(reports.values(), key=told, default=None)
+    if killed and (first is None or told(first) > seen(killed[0]) - _HEAD_START_SECONDS):
         return killed[0]
     if first is not None:
         return by_rank[first.rank]
-    return min((e for e in ended if e.badly), key=lambda e: e.seen)
+    return min((e for e in ended if e.badly), key=seen)
 
 
 def _read(log_dir: Path, *, rank: int) -> _Report | None:

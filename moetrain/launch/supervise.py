@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,8 +19,10 @@ from types import FrameType
 from moetrain.checkpoint.store import step_of, whole_checkpoints
 from moetrain.config.checks import check
 from moetrain.config.freeze import flatten, to_dict
+from moetrain.config.launch.settings import LaunchConfig
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError, LostError, MoetrainError
+from moetrain.launch.nodes.hosts import hosts_of
 from moetrain.plan.layout import Layout, offered
 from moetrain.plan.memory import memory_of
 from moetrain.watch import board
@@ -88,7 +90,7 @@ def supervise(
             return ended.stopped
         if not (isinstance(ended.fault, LostError) or ended.lost):
             raise ended.fault
-        now = _place(run_dir, ended.fault, processes=run.launch.processes or 1)
+        now = _place(run_dir, ended.fault, processes=run.launch.world_size)
         again = now.is_no_further(before)
         before = now
         smaller = shrink(run, ended.lost or 1) if run.launch.elastic and (ended.lost or again) else None
@@ -123,8 +125,9 @@ def on_fewer(run: RunConfig, *, processes: int, device_bytes: int | None = None)
     Args:
         device_bytes: memory of one GPU; None: not known, or none.
     """
+    nodes = run.launch.nodes or 1
     for number in range(processes, 0, -1):
-        if run.batch.global_batch % number:
+        if run.batch.global_batch % number or number % nodes:
             continue
         for layout in _layouts(run, number):
             candidate = _laid_out(run, layout)
@@ -133,6 +136,12 @@ def on_fewer(run: RunConfig, *, processes: int, device_bytes: int | None = None)
             if fits and _passes(candidate):
                 return candidate
     return None
+
+
+def without(launch: LaunchConfig, lost: Collection[str]) -> LaunchConfig:
+    """The same hosts but the lost ones. At least one is left."""
+    left = [host.name for host in hosts_of(launch) if host.name not in lost]
+    return replace(launch, hostfile=None, hosts=left, nodes=len(left), master_addr=None)
 
 
 def device_bytes(run_dir: Path, *, processes: int) -> int | None:
@@ -210,7 +219,12 @@ def _laid_out(run: RunConfig, layout: Layout) -> RunConfig:
         offload_optimizer=layout.offload_optimizer,
     )
     batch = replace(run.batch, micro_batch=layout.micro_batch)
-    return replace(run, parallel=parallel, batch=batch, launch=replace(run.launch, processes=layout.gpus))
+    return replace(
+        run,
+        parallel=parallel,
+        batch=batch,
+        launch=replace(run.launch, processes=layout.gpus // (run.launch.nodes or 1)),
+    )
 
 
 def _passes(run: RunConfig) -> bool:
@@ -222,7 +236,7 @@ def _passes(run: RunConfig) -> bool:
 
 
 def _in_words(run: RunConfig) -> str:
-    processes, micro_batch = run.launch.processes or 1, run.batch.micro_batch or 1
+    processes, micro_batch = run.launch.world_size, run.batch.micro_batch or 1
     accumulation = run.batch.global_batch // (processes * micro_batch)
     return (
         f"{processes} process{'es' * (processes > 1)} (expert parallel {run.parallel.expert_parallel}, {accumulation} "

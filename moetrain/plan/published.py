@@ -105,7 +105,7 @@ class Expectation:
 
 def layout_of(run: RunConfig) -> Layout:
     """The layout of a resolved run."""
-    gpus, micro_batch = run.launch.processes or 1, run.batch.micro_batch or 1
+    gpus, micro_batch = run.launch.world_size, run.batch.micro_batch or 1
     return Layout(
         gpus=gpus,
         expert_parallel=run.parallel.expert_parallel or 1,

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from moetrain.config.schema import LaunchConfig, ParallelConfig
+from moetrain.config.schema import ParallelConfig
 from moetrain.plan.cluster import GB, Cluster
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
 from moetrain.plan.memory import PARTS
@@ -54,10 +54,6 @@ def plan_screen(
         console.print(f"\n{sum(each.many for each in answer.refusals):,} layouts do not fit:")
         for each in sorted(answer.refusals, key=lambda refusal: -refusal.many)[:_MOST_REFUSALS]:
             console.print(f"  {each.many:>4}  {escape(each.reason)}; the nearest: {escape(each.nearest)}")
-    if plans and plans[0].nodes > 1 and not _has_nodes():
-        console.print(
-            f"\nthis version starts processes on one machine alone: {plans[0].nodes} nodes are planned, not launched"
-        )
 
 
 def comparison_screen(runs: Sequence[Run], cluster: Cluster, *, name: str, efficiency: float) -> None:
@@ -207,10 +203,6 @@ def _energy(kwh: float) -> str:
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:,.3g} {unit}"
 
 
-def _has_nodes() -> bool:
-    return any(field.name == "nodes" for field in dataclasses.fields(LaunchConfig))
-
-
 def experiment_text(
     plan: Plan,
     *,
@@ -240,6 +232,8 @@ def experiment_text(
     content["batch"]["sequence_length"] = sequence_length
     content["schedule"] = {**content.get("schedule", {}), "steps": None, "tokens": round(tokens)}
     defaults = [{f"override /{group}": choices[group]} for group in ("model", "model/moe") if group in choices]
+    if plan.nodes > 1:
+        defaults.append({"override /launch": "slurm"})  # train's own launch=… wins over it
     head = (
         "# @package _global_\n"
         f"# {title}, planned: {layout.gpus:,} devices, {plan.memory.total / GB:,.1f} GB on each, "
@@ -262,9 +256,7 @@ def _layout_settings(plan: Plan) -> dict[str, Any]:
     for name in ("recompute", "offload_optimizer"):
         if name in known:
             settings[f"parallel.{name}"] = getattr(layout, name)
-    if _has_nodes():
-        return settings | {"launch.nodes": plan.nodes, "launch.processes": layout.gpus // plan.nodes}
-    return settings | {"launch.processes": layout.gpus}
+    return settings | {"launch.nodes": plan.nodes, "launch.processes": layout.gpus // plan.nodes}
 
 
 def train_command(path: Path) -> str:

@@ -52,9 +52,15 @@ def plan_text(run: RunConfig) -> str:
     return (
         f"{run.run_dir}: {size}\n"
         f"  {steps:,} steps of {per_step:,} tokens: {format_count(steps * per_step)} tokens, {flops:.2e} FLOPs\n"
-        f"  {run.launch.processes} processes, expert parallel {run.parallel.expert_parallel}, "
+        f"  {_processes_text(run)}, expert parallel {run.parallel.expert_parallel}, "
         f"ZeRO-{run.parallel.zero_stage}, {run.model.dtype}"
     )
+
+
+def _processes_text(run: RunConfig) -> str:
+    nodes, kind = run.launch.nodes or 1, run.launch.kind
+    text = f"{run.launch.processes} processes" if nodes == 1 else f"{nodes} nodes of {run.launch.processes} processes"
+    return text if kind == "local" else f"{text} ({kind})"
 
 
 def prepared_text(directory: Path, prepared: Any) -> str:

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 from moetrain.errors import DataError, LaunchError
-from moetrain.launch.local import visible_gpus
 from moetrain.launch.lock import RunLock
+from moetrain.launch.machine.cores import visible_gpus
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.state import DONE, FAILED, RUNNING, STOPPED, WAITING, Run, Sweep, read_result
 

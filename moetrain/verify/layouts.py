@@ -121,7 +121,7 @@ def whole_matrix(run: RunConfig) -> list[Layout]:
 
 def own_layout(run: RunConfig) -> Layout:
     """The layout of the run itself, on at most four ranks."""
-    expert_parallel, world = run.parallel.expert_parallel or 1, run.launch.processes or 1
+    expert_parallel, world = run.parallel.expert_parallel or 1, run.launch.world_size
     most = max(RANKS)
     if expert_parallel > most:
         expert_parallel = max(n for n in range(1, most + 1) if expert_parallel % n == 0)

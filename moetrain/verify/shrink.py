@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moetrain.config.freeze import flatten, to_dict
+from moetrain.config.launch.settings import LaunchConfig
 from moetrain.config.routers import NO_SCORES, TOP_K
 from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.verify.layouts import Layout, global_batch
@@ -84,7 +85,7 @@ def shrink(run: RunConfig, *, layouts: Sequence[Layout], steps: int) -> Shrunk:
         optim=replace(optim, lr=0.01, eps=max(optim.eps, 1e-3), clip=min(optim.clip, 0.1)),
         schedule=replace(run.schedule, kind="constant", steps=steps, tokens=None, warmup_steps=0, warmup_tokens=None,
                          decay_steps=None, decay_tokens=None),
-        launch=replace(run.launch, kind="local", processes=1, timeout_seconds=300),
+        launch=LaunchConfig(nodes=1, processes=1, timeout_seconds=300),
     )  # fmt: skip
     before, after = flatten(to_dict(run)), flatten(to_dict(small))
     changed = {

@@ -25,6 +25,8 @@ def home(name: str) -> dict[str, Any]:
     """Settings with which a setting may be set."""
     if name == "model.moe.drop":
         return {"model.moe.capacity_factor": 1.0}
+    if name == "launch.kind":
+        return {"launch.kubernetes.image": "moetrain", "launch.kubernetes.volume_claim": "work"}
     routers = [router for router, own in ROUTERS.items() if name.removeprefix("model.moe.") in own]
     return fitting(routers[0]) if routers else {}
 
@@ -325,7 +327,8 @@ def test_a_choice_is_one_of_those_there_are(name):
     (problem,) = problems({name: wrong})
     assert problem == f"{name} is {wrong!r}, but must be one of {', '.join(map(str, CHOICES[name]))}"
     for value in CHOICES[name]:
-        check_settings((fitting(value) if name == "model.moe.router" else home(name)) | {name: value})
+        own = {"launch.hosts": ["a"]} if value == "hostfile" else {}
+        check_settings((fitting(value) if name == "model.moe.router" else home(name)) | {name: value} | own)
 
 
 @pytest.mark.parametrize("name", POSITIVE)

@@ -27,6 +27,7 @@ from moetrain.config.freeze import (
     to_dict,
     write_run,
 )
+from moetrain.config.launch import settings
 from moetrain.config.schema import RunConfig, SampleConfig
 from moetrain.errors import ConfigError
 
@@ -214,7 +215,7 @@ def test_flat_names_are_those_of_the_settings(run):
 
 
 def test_every_setting_has_a_line_of_meaning_below_it():
-    trees = [ast.parse(Path(inspect.getfile(module)).read_text()) for module in (schema, data)]
+    trees = [ast.parse(Path(inspect.getfile(module)).read_text()) for module in (schema, data, settings)]
     sections = {node.name: node.body for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     checked = 0
     for name, body in sections.items():
@@ -223,7 +224,9 @@ def test_every_setting_has_a_line_of_meaning_below_it():
                 explained = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                 assert explained, f"{name}.{ast.unparse(statement.target)}"
                 checked += 1
-    classes = {value for each in (schema, data) for value in vars(each).values() if dataclasses.is_dataclass(value)}
+    classes = {
+        value for each in (schema, data, settings) for value in vars(each).values() if dataclasses.is_dataclass(value)
+    }
     fields = [each for section in classes for each in dataclasses.fields(section)]
     sub_sections = [each for each in fields if each.type in sections]
     assert checked == len(fields) - len(sub_sections), "and none was overlooked"

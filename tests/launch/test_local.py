@@ -16,7 +16,8 @@ import pytest
 
 import moetrain
 from moetrain.errors import DataError, LaunchError
-from moetrain.launch.local import Outcome, default_processes, run_local, visible_gpus
+from moetrain.launch.local import Outcome, run_local
+from moetrain.launch.machine.cores import default_processes, visible_gpus
 
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
@@ -284,7 +285,7 @@ def test_a_stop_request_lets_the_workers_save_and_is_no_error(
     process = launcher(workers(STOPS_ON_REQUEST))
     pids(run_dir)
     process.send_signal(number)
-    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True, queued='')\n"
 
 
 def test_ctrl_c_reaches_the_workers_once_and_as_sigterm(run_dir: Path, workers: Workers, launcher: Launcher) -> None:
@@ -304,7 +305,7 @@ sys.exit(75)
     process = launcher(workers(body))
     pids(run_dir)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True, queued='')\n"
     assert [(run_dir / f"got_{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
 
 
@@ -328,7 +329,7 @@ sleep_until_killed()
     process = launcher(workers(body))
     pids(run_dir)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=True, queued='')\n"
 
 
 def test_a_run_that_completes_in_spite_of_a_stop_request_is_complete(
@@ -337,7 +338,7 @@ def test_a_run_that_completes_in_spite_of_a_stop_request_is_complete(
     process = launcher(workers("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nready()\nsleep_until_killed()"))
     pids(run_dir)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "Outcome(stopped=False)\n"
+    assert process.communicate(timeout=20)[0] == "Outcome(stopped=False, queued='')\n"
 
 
 def test_a_fault_while_saving_after_a_stop_request_is_told(run_dir: Path, workers: Workers, launcher: Launcher) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from moetrain.config.checks import CHOICES
-from moetrain.config.schema import BatchConfig, LaunchConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from moetrain.config.launch.settings import LaunchConfig
+from moetrain.config.schema import BatchConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from moetrain.errors import ConfigError
 from moetrain.verify.layouts import Layout, chosen, global_batch, own_layout, parse, usual, whole_matrix
 

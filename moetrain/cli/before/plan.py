@@ -202,6 +202,7 @@ def _model(options: Options) -> _Model:
     from moetrain.compose import COMMAND_LINE, compose
     from moetrain.config.checks import check, resolve
     from moetrain.config.freeze import flatten, freeze, to_dict
+    from moetrain.config.launch.settings import LaunchConfig
 
     composed = compose(options.overrides, config_dir=options.config_dir)
     run = resolve(freeze(composed.settings), default_processes=1)
@@ -209,7 +210,7 @@ def _model(options: Options) -> _Model:
     alone = replace(
         run,
         batch=replace(run.batch, global_batch=1, micro_batch=1),
-        launch=replace(run.launch, processes=1),
+        launch=LaunchConfig(nodes=1, processes=1),
         parallel=replace(run.parallel, expert_parallel=1),
     )
     check(alone, flatten(to_dict(alone)))
@@ -271,6 +272,8 @@ def _write(path: Path, found: Plan | None, *, tokens: float, asked_for: _Model, 
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     print(f"written     {path}; start it with\n  {train_command(path)}")
+    if found.nodes > 1:
+        print("  (as a SLURM job; with launch=hostfile or launch=kubernetes otherwise)")
 
 
 def _experiment_path(path: Path, config_dir: Path | None) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,16 +154,15 @@ def _needs(run: RunConfig, *, nodes: int, processes: int, gpus: bool, port_gbits
 
 def _start(run: RunConfig, place: Path) -> None:
     """The one place where the preflight's ranks are started."""
-    from moetrain.launch.local import run_local
+    from moetrain.launch.start import start
 
-    command = [sys.executable, "-m", NODE, str(place)]
-    if run_local(place, processes=run.launch.processes or 1, command=command).stopped:
+    if start(place, run.launch, module=NODE).stopped:
         raise KeyboardInterrupt
 
 
 def _on_cpu(run: RunConfig) -> bool:
     """Whether the run stays on this machine, and that has no GPUs."""
-    from moetrain.launch.local import visible_gpus
+    from moetrain.launch.machine.cores import visible_gpus
 
     return run.launch.kind == "local" and visible_gpus(os.listdir("/dev"), os.environ) == 0
 

@@ -202,7 +202,7 @@ def _is_file(path: Path | None) -> bool:
 
 
 def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> list[Point]:
-    from moetrain.launch.local import default_processes
+    from moetrain.launch.machine.cores import default_processes
     from moetrain.sweep.grid import make_grid
 
     cluster, efficiency = _cluster(config, options)

@@ -29,12 +29,13 @@ whole checkpoint, also after a crash and on another number of processes; a finis
   --dry-run           check the settings and say what would run
   --config-dir DIR    presets of your own, laid out like moetrain's: DIR/model/mine.yaml, DIR/experiment/mine.yaml
 
-exit codes: 0 finished, 2 something to mend (said in one message), 75 stopped on request and saved
+exit codes: 0 finished (or queued), 2 something to mend (said in one message), 75 stopped on request and saved
 
 examples:
   moetrain train
   moetrain train name=long schedule.steps=2000 optim.lr=6e-4
   moetrain train model/moe=none                           the dense model of the same active size
+  moetrain train launch=slurm launch.nodes=2 --dry-run    print the script of a job on a SLURM cluster
   moetrain train 'data.text=[books/*.txt,notes.jsonl]' name=books
   moetrain train data.stream=true data.text=notes.jsonl name=quick    text is tokenized while it trains
 """,
@@ -48,6 +49,8 @@ examples:
   moetrain config model=glam_64b_64e parallel.zero_stage=2
 """,
 }
+_HANDED_OVER = ("slurm", "kubernetes")
+"""Launchers that start nothing here."""
 
 
 def train(words: Sequence[str]) -> int:
@@ -61,11 +64,18 @@ def train(words: Sequence[str]) -> int:
     remote = _remote(run)
     if "--dry-run" in options.flags:
         _compare_with_earlier(run, run_dir)
+        from moetrain.launch.start import handed_over
+
         print(f"{screen.plan_text(run)}\na dry run: nothing was started")
+        if text := handed_over(run_dir, run.launch):
+            print(f"\n{text}", end="")
         return 0
+    from moetrain.launch.cluster.slurm import refuse_queued
     from moetrain.launch.lock import RunLock
+    from moetrain.launch.start import start
 
     with RunLock(run_dir):
+        refuse_queued(run_dir)
         finished = screen.is_finished(run, run_dir)
         if remote is not None and not finished:
             remote.probe()
@@ -75,6 +85,9 @@ def train(words: Sequence[str]) -> int:
         else:
             print(screen.plan_text(run), flush=True)
             _fetch_newest(remote, run, run_dir)
+            if run.launch.kind in _HANDED_OVER:
+                print(f"{start(run_dir, run.launch).queued}\nsee moetrain status, logs and cancel {run_dir}")
+                return 0
             if not before_training(run, run_dir):
                 return NO_GO_CODE
             if _run(run, run_dir):
@@ -105,22 +118,29 @@ def _run(run: RunConfig, run_dir: Path) -> bool:
     """Start the processes, as often as the settings let it; whether it was stopped on request."""
     from moetrain.config.freeze import write_run
     from moetrain.errors import MoetrainError
-    from moetrain.launch.local import run_local
-    from moetrain.launch.supervise import Ended, device_bytes, on_fewer, supervise
+    from moetrain.launch.fault import NodeLost
+    from moetrain.launch.start import start
+    from moetrain.launch.supervise import Ended, device_bytes, on_fewer, supervise, without
 
-    def start(run: RunConfig) -> Ended:
+    lost_hosts: set[str] = set()
+
+    def once(run: RunConfig) -> Ended:
         write_run(run, run_dir)
         try:
-            return Ended(stopped=run_local(run_dir, processes=run.launch.processes or 1).stopped)
+            return Ended(stopped=start(run_dir, run.launch).stopped)
         except MoetrainError as error:
-            return Ended(fault=error)
+            gone = error.hosts if isinstance(error, NodeLost) else ()
+            lost_hosts.update(gone)
+            return Ended(fault=error, lost=len(gone) * (run.launch.processes or 1))
 
     def shrink(run: RunConfig, lost: int) -> RunConfig | None:
-        processes = run.launch.processes or 1
+        processes = run.launch.world_size
         memory = device_bytes(run_dir, processes=processes)
+        if run.launch.kind == "hostfile" and lost < processes:
+            run = replace(run, launch=without(run.launch, lost_hosts))
         return on_fewer(run, processes=processes - lost, device_bytes=memory)
 
-    return supervise(run, run_dir=run_dir, start=start, shrink=shrink, say=lambda line: print(line, flush=True))
+    return supervise(run, run_dir=run_dir, start=once, shrink=shrink, say=lambda line: print(line, flush=True))
 
 
 def _compare_with_earlier(run: RunConfig, run_dir: Path) -> None:

@@ -1,0 +1,285 @@
+"""SLURM: a job is submitted; inside it srun starts one agent on each node, and the agents start the ranks.
+
+login node   sbatch  RUN_DIR/launch/job.sh                        submit
+first node   python -m moetrain.launch.cluster.job -- …           passes the warning before the time limit on, requeues
+               python -m moetrain.launch.cluster.slurm RUN_DIR    run_in_job
+every node       srun python -m moetrain.launch.nodes.agent SPEC
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moetrain.checkpoint.store import step_of, whole_checkpoints
+from moetrain.config.freeze import read_run
+from moetrain.config.launch.settings import LaunchConfig, SlurmConfig
+from moetrain.errors import LaunchError, MoetrainError
+from moetrain.launch.local import WORKER, Outcome
+from moetrain.launch.lock import RunLock
+from moetrain.launch.machine.ranks import Order
+from moetrain.launch.nodes.conduct import conduct, make_spec
+from moetrain.launch.nodes.environment import python_path
+from moetrain.launch.nodes.spec import SPEC_FILE, in_a_word, launch_directory, requested
+from moetrain.launch.record import recorded
+from moetrain.parallel.lifeline import STOPPED
+
+JOB_FILE = "job.json"
+"""In RUN_DIR/launch: ``{"job": "123"}``, the job that was submitted last."""
+
+_FIRST_PORT, _PORTS = 16_000, 16_000  # below the ports that Linux gives to outgoing connections
+
+
+def submit(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> Outcome:
+    """Put the run into the queue.
+
+    Raises:
+        LaunchError: sbatch refuses.
+    """
+    place = launch_directory(run_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    (run_dir / "log").mkdir(exist_ok=True)
+    script = place / "job.sh"
+    script.write_text(run_script(run_dir, launch, module=module), encoding="utf-8")
+    job = _sbatch(script)
+    _remember(run_dir, job)
+    return Outcome(stopped=False, queued=f"SLURM job {job}")
+
+
+def refuse_queued(run_dir: Path) -> None:
+    """Let nobody change a run, or start it, while it waits in the queue.
+
+    Raises:
+        LaunchError: its job is there.
+    """
+    waiting = job_of(run_dir)
+    state = None if waiting is None or waiting == os.environ.get("SLURM_JOB_ID") else state_of(waiting)
+    if state is not None:
+        raise LaunchError(
+            f"{run_dir} is already SLURM job {waiting} ({state}): wait for it, or `moetrain cancel {run_dir}`"
+        )
+
+
+def submit_array(
+    commands: Sequence[Sequence[str]],
+    *,
+    directory: Path,
+    slurm: SlurmConfig,
+    name: str,
+    gpus: int = 0,
+    at_once: int | None = None,
+) -> str:
+    """Put many commands into the queue as one job array, each on one node.
+
+    One that ends with 75 after the warning before its time limit goes back into the queue by itself: `moetrain train
+    … launch=local` does.
+
+    Args:
+        commands: each the words of a command; they start in the current working directory.
+        directory: gets the script, the commands, and a log for each.
+        name: of the job.
+        gpus: of the node, for each command, where ``slurm.gpus_per_node`` is null.
+        at_once: how many run at a time; None: as many as SLURM lets.
+
+    Returns:
+        Number of the job; its tasks are JOB_0, JOB_1, ….
+
+    Raises:
+        LaunchError: sbatch refuses.
+    """
+    directory = directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    listed = directory / "commands.json"
+    listed.write_text(json.dumps([list(words) for words in commands], indent=1), encoding="utf-8")
+    limit = "" if at_once is None else f"%{at_once}"
+    options = [
+        f"--array=0-{len(commands) - 1}{limit}",
+        *_options(slurm, name=name, nodes=1, gpus=gpus, output=directory / "array-%A_%a.out"),
+    ]
+    body = [*_job_words(slurm), "--array", str(listed), "--"]
+    script = directory / "array.sh"
+    script.write_text(_script(options, slurm, body), encoding="utf-8")
+    return _sbatch(script)
+
+
+def run_script(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> str:
+    """The script of a run's job."""
+    run_dir = run_dir.resolve()
+    options = _options(
+        launch.slurm,
+        name=run_dir.name,
+        nodes=launch.nodes or 1,
+        gpus=launch.processes or 1,
+        output=run_dir / "log" / "slurm-%j.out",
+    )
+    body = [
+        *_job_words(launch.slurm),
+        "--",
+        sys.executable,
+        "-m",
+        "moetrain.launch.cluster.slurm",
+        str(run_dir),
+        module,
+    ]
+    return _script(options, launch.slurm, body)
+
+
+def run_in_job(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> Outcome:
+    """Run a module as one process for each rank on the nodes of the job that we are in; as ``start.start``."""
+    job = int(os.environ["SLURM_JOB_ID"])
+    named = _told(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()
+    nodes = launch.nodes or 1
+    if len(named) < nodes:
+        raise LaunchError(f"launch.nodes is {nodes}, but SLURM job {job} has {len(named)} nodes: ask for as many")
+    hosts = named[:nodes]
+    launch = replace(launch, master_port=launch.master_port or _FIRST_PORT + job % _PORTS)
+    # SLURM hands our environment to every task by itself
+    environment = {"PYTHONPATH": python_path(os.environ)}
+    spec = make_spec(run_dir, launch, module=module, hosts=hosts, master_addr=launch.master_addr or hosts[0],
+                     environment=environment, node_variable="SLURM_PROCID")  # fmt: skip
+    # a step that binds its task to cores gives it one of them, unless --cpus-per-task says otherwise once more
+    words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none",
+             "--kill-on-bad-exit=0", f"--nodelist={','.join(hosts)}"]  # fmt: skip
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        words.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
+    spec_file = launch_directory(run_dir.resolve()) / SPEC_FILE
+    words += [*(launch.runner_args or []), sys.executable, "-m", "moetrain.launch.nodes.agent", in_a_word(spec_file)]
+    return conduct(spec, words, environment={**os.environ, **environment}, in_job=True)
+
+
+def job_of(run_dir: Path) -> str | None:
+    """The job that was submitted last for a run."""
+    try:
+        return str(json.loads((launch_directory(run_dir) / JOB_FILE).read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def state_of(job: str) -> str | None:
+    """What squeue says of a job (PENDING, RUNNING, …); None: it is not in the queue, or there is no SLURM here."""
+    try:
+        done = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], capture_output=True, text=True,
+                              timeout=60)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def cancel(job: str) -> None:
+    """Take a job out of the queue, or end it."""
+    _told(["scancel", job])
+
+
+def main(words: Sequence[str]) -> int:
+    """The run of a job: ``RUN_DIR [MODULE]``; returns the exit code."""
+    run_dir = Path(words[0])
+    try:
+        with RunLock(run_dir):
+            _remember(run_dir, os.environ["SLURM_JOB_ID"])
+            before = _newest(run_dir)
+            module = words[1] if len(words) > 1 else WORKER
+            with recorded(run_dir, is_run=module == WORKER) as record:
+                outcome = record(run_in_job(run_dir, read_run(run_dir).launch, module=module))
+    except MoetrainError as error:
+        print(f"moetrain: {error}", file=sys.stderr)
+        return 2
+    if not outcome.stopped:
+        return 0
+    if requested(run_dir) is not Order.GO_ON:
+        print("stopped by moetrain cancel: the job does not go back into the queue", flush=True)
+        return 1
+    if _newest(run_dir) == before:
+        print("moetrain: nothing was saved since the job began: the time limit (launch.slurm.time) is too short for "
+              "the start, a step and a save, or launch.slurm.save_seconds is", file=sys.stderr)  # fmt: skip
+        return 2
+    return STOPPED
+
+
+def _options(slurm: SlurmConfig, *, name: str, nodes: int, gpus: int, output: Path) -> list[str]:
+    gpus = gpus if slurm.gpus_per_node is None else slurm.gpus_per_node
+    told = {
+        "job-name": re.sub(r"[^\w.-]", "_", name, flags=re.ASCII),
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": gpus or None,
+        "cpus-per-task": slurm.cpus_per_node,
+        "mem": slurm.memory,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "signal": f"B:USR1@{slurm.save_seconds}",
+        "open-mode": "append",
+        "output": _quoted(output),
+    }
+    return [
+        *(f"--{option}={value}" for option, value in told.items() if value is not None),
+        "--requeue" if slurm.requeue else "--no-requeue",
+        *(slurm.extra or []),
+    ]
+
+
+def _quoted(path: Path) -> str:
+    """A path in an #SBATCH line, whose file name may hold SLURM's own patterns (%j)."""
+    directory = str(path.parent).replace("%", "%%")
+    text = f"{directory}/{path.name}"
+    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _job_words(slurm: SlurmConfig) -> list[str]:
+    requeue = [] if slurm.requeue else ["--no-requeue"]
+    return [sys.executable, "-m", "moetrain.launch.cluster.job", *requeue]
+
+
+def _script(options: Sequence[str], slurm: SlurmConfig, body: Sequence[str]) -> str:
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), *(slurm.setup or [])]
+    lines += [
+        f"cd {shlex.quote(os.getcwd())} || exit 1",
+        f"export PYTHONPATH={shlex.quote(python_path(os.environ))} PYTHONSAFEPATH=1",
+        f"exec {shlex.join(body)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sbatch(script: Path) -> str:
+    return _told(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+
+
+def _told(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(list(command), capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise LaunchError(
+            f"{command[0]} is not installed here: launch=slurm must be given on a node of the cluster"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"{command[0]} has not answered for 120 s: is SLURM's controller up (sinfo)?") from None
+    if done.returncode:
+        raise LaunchError(f"{shlex.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _remember(run_dir: Path, job: str) -> None:
+    path = launch_directory(run_dir) / JOB_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"job": job}), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _newest(run_dir: Path) -> int:
+    return max((step_of(path) for path in whole_checkpoints(run_dir / "checkpoints")), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

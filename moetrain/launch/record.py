@@ -1,0 +1,67 @@
+"""RUN_DIR/launch/state.json: how the last start of a run went, for those who did not watch.
+
+{"state": "running" | "finished" | "stopped" | "failed", "message": "…", "time": 1700000000.0}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetrain.launch.local import Outcome
+
+_FILE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a start has left."""
+
+    state: str
+    message: str
+    time: float
+
+
+@contextmanager
+def recorded(run_dir: Path, *, is_run: bool = True) -> Iterator[Callable[[Outcome], Outcome]]:
+    """Write down that a start runs, and how it ends; give its outcome to what is yielded, which returns it.
+
+    Args:
+        is_run: false: something else runs in the directory, such as a check before the run; nothing is written.
+    """
+
+    def write(state: str, message: str = "") -> None:
+        if is_run:
+            _write(run_dir, state, message)
+
+    def record(outcome: Outcome) -> Outcome:
+        write("stopped" if outcome.stopped else "finished")
+        return outcome
+
+    write("running")
+    try:
+        yield record
+    except BaseException as error:
+        write("failed", str(error))
+        raise
+
+
+def read_record(run_dir: Path) -> Record | None:
+    """What the last start has left; None: nothing, or nothing that can be read."""
+    try:
+        return Record(**json.loads((run_dir / "launch" / _FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(run_dir: Path, state: str, message: str) -> None:
+    path = run_dir / "launch" / _FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"state": state, "message": message, "time": time.time()}), encoding="utf-8")
+    os.replace(partial, path)

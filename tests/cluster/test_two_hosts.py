@@ -1,0 +1,136 @@
+"""A run on two hosts, through the deepspeed launcher over ssh; a host that is lost, and the run that goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_SECONDS, Place
+from two_hosts import ADDRESSES, NAMES, Hosts
+
+pytestmark = pytest.mark.cluster
+
+LOST_AFTER = 5
+ON_BOTH = ["launch=hostfile", f"launch.hosts=[{','.join(NAMES)}]", f"launch.master_addr={ADDRESSES[0]}",
+           "launch.interface=eth0", f"launch.lost_after_seconds={LOST_AFTER}"]  # fmt: skip
+Wait = Callable[..., None]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(hosts: Hosts, place: Place) -> Iterator[Start]:
+    """Start a command on the first host."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+        process = hosts.start(0, words, environment=place.environment | environment, cwd=place.directory)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, errors
+    return output
+
+
+def test_two_hosts_of_two_processes_train_as_one_host_of_four(place: Place, start: Start, tmp_path: Path) -> None:
+    """Experts are shared by all four ranks, tokens travel by way of the node; the nodes come from a file."""
+    (place.directory / "my hosts").write_text("# both\nnode1 slots=2\nnode2 slots=2\n")
+    steps = ["schedule.steps=10", "parallel.expert_parallel=4", "checkpoint.every_steps=null"]
+    both = [word for word in ON_BOTH if not word.startswith("launch.hosts=")]
+    secret = "not-to-be-seen"
+    process = start(*place.train("both", *both, "launch.hostfile='my hosts'", "parallel.two_level_all_to_all=true",
+                                 "launch.export=[MY_*]", *steps), MY_SECRET=secret, NCCL_DEBUG="INFO")  # fmt: skip
+    seen: set[str] = set()
+    while process.poll() is None:
+        seen |= {text for path in Path("/proc").glob("[0-9]*/cmdline") if secret in (text := read(path))}
+        time.sleep(0.2)
+    output = finish(process)
+    assert "2 nodes of 2 processes (hostfile), expert parallel 4" in output
+    assert "train 10/10 steps" in output
+    assert not seen
+    alone = place.call(*place.train("alone", "launch.processes=4", *steps))
+    assert alone.returncode == 0, alone.stderr
+    assert len(place.losses("both")) == 10
+    assert place.losses("both") == place.losses("alone")
+    # what was handed over may hold secrets
+    assert not (place.directory / "runs/both/launch/node.json").exists()
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_lost_host_is_noticed_and_the_run_goes_on_without_it_and_with_it_again(
+    place: Place, hosts: Hosts, start: Start, wait_until: Wait
+) -> None:
+    run = ["schedule.steps=40", "checkpoint.every_steps=4", "launch.processes=1", "parallel.expert_parallel=1"]
+    hosts.slow("16mbit")  # a step takes a while, so that the cut comes in the middle of one
+    process = start(*place.train("cut", *ON_BOTH, *run))
+    wait_until(lambda: place.step("cut") >= 10, what=lambda: f"{process.poll()} {place.step('cut')}")
+    hosts.cut()
+    since = time.monotonic()
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    noticed = time.monotonic() - since
+    hosts.join()
+    assert process.returncode == 2, output
+    assert f"node2 is lost: nothing was heard from there for {LOST_AFTER} s" in errors
+    assert "Traceback" not in errors
+    # the ranks that wait in a collective are killed after a grace of 10 s
+    assert noticed < LOST_AFTER + 10 + 5
+    wait_until(lambda: not hosts.pids(0) and not hosts.pids(1), seconds=10,
+               what=lambda: f"left behind: {hosts.pids(0)} {hosts.pids(1)}")  # fmt: skip
+
+    reached = place.step("cut")
+    fewer = [word for word in ON_BOTH if not word.startswith("launch.hosts=")]
+    one = finish(start(*place.train("cut", "launch.hosts=[node1]", *fewer, *run, f"schedule.steps={reached + 8}")))
+    assert "resumed from" in one
+    assert len(place.losses("cut")) == reached + 8 < 40
+
+    output = finish(start(*place.train("cut", *ON_BOTH, *run)))
+    assert "resumed from" in output
+    unbroken = place.call(*place.train("unbroken", *run[:2], "launch.processes=2", run[-1]))
+    assert unbroken.returncode == 0, unbroken.stderr
+    assert len(place.losses("cut")) == 40
+    assert place.losses("cut") == pytest.approx(place.losses("unbroken"), rel=1e-5)
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_and_the_run_is_saved(
+    place: Place, hosts: Hosts, start: Start, wait_until: Wait
+) -> None:
+    process = start(*place.train("orphan", *ON_BOTH, "schedule.steps=100000", "checkpoint.every_steps=null",
+                                 "launch.processes=1"))  # fmt: skip
+    wait_until(lambda: place.step("orphan") >= 3)
+    process.send_signal(signal.SIGKILL)
+    wait_until(lambda: not hosts.pids(0) and not hosts.pids(1), seconds=30,
+               what=lambda: f"left behind: {hosts.pids(0)} {hosts.pids(1)}")  # fmt: skip
+    saved = sorted((place.directory / "runs/orphan/checkpoints").glob("step_*/manifest.json"))
+    assert json.loads(saved[-1].read_text())["step"] == place.step("orphan")
+
+
+def test_a_host_that_ssh_does_not_reach_is_told_at_once(place: Place, hosts: Hosts, start: Start) -> None:
+    hosts.cut()
+    since = time.monotonic()
+    try:
+        process = start(*place.train("unreached", *ON_BOTH, "launch.processes=1"))
+        _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    finally:
+        hosts.join()
+    assert process.returncode == 2
+    assert "node2" in errors
+    assert "no sshd answers there" in errors
+    assert time.monotonic() - since < 60
