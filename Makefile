@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev ## the whole test suite; ARGS="-k name" for a part
 
 test-cluster: $(VENV)/.installed-dev ## runs on two hosts and a SLURM made for it, as root on Debian; else it skips
 	tests/cluster/packages.sh
-	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 check: lint types test ## all that CI checks
 

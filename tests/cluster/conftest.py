@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import two_hosts
-import two_node_slurm
 
+from cluster import two_hosts, two_node_slurm
 from moetrain.prepare.text import expand, read_documents
 
 SETTINGS = [

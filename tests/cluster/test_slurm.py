@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Place
-from two_node_slurm import Slurm
 
+from cluster.conftest import Place
+from cluster.two_node_slurm import Slurm
 from moetrain.config.launch.settings import SlurmConfig
 from moetrain.launch.cluster.slurm import submit_array
 

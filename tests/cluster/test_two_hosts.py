@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_SECONDS, Place
-from two_hosts import ADDRESSES, NAMES, Hosts
+
+from cluster.conftest import LIMIT_SECONDS, Place
+from cluster.two_hosts import ADDRESSES, NAMES, Hosts
 
 pytestmark = pytest.mark.cluster
 
