@@ -34,7 +34,7 @@ def _start(rank: int, world_size: int, expert_parallel: int, stage: int, weights
     adamw = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     engine = Engine(Objective(gpt, loss_weights={}), groups=groups, config=config, optimizer=adamw, clip=1.0)
     resume.take_weights(weights, engine.fragments(), run=run, tokenizer="any", group=groups.control)
-    engine.loaded(step=0)
+    engine.loaded(updates=0)
     taken = [{"name": each.name, "begin": each.offset, "values": each.view.clone()} for each in engine.fragments()]
     rows = torch.randint(0, 128, (4, 17), generator=torch.Generator().manual_seed(5))
     batch = MicroBatch(token_BS=rows[:, :-1].contiguous(), target_BS=rows[:, 1:].contiguous())

@@ -31,8 +31,8 @@ FREE = {
     "name", "run_dir", "model.dtype", "data.name", "data.prepared", "batch.micro_batch",
     "prepare.workers", "prepare.fast_encoder", "preflight",
     *(name for name in setting_names()
-      if name.startswith(("optim.", "schedule.", "parallel.", "launch.", "checkpoint.", "resume.", "evaluate.", "watch.",
-                          "log."))),
+      if name.startswith(("optim.", "schedule.", "parallel.", "launch.", "checkpoint.", "resume.", "evaluate.",
+                          "watch.", "log."))),
 }  # fmt: skip
 
 
