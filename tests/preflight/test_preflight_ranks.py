@@ -112,9 +112,9 @@ def test_the_verb_looks_measures_and_leaves_its_report(moetrain_in_process: Call
 
 def two_single_ranks(places: list[Path], *, patience: float, world_size: int = 2) -> list[int]:
     """Start a rank in each place, as the only one on its node."""
-    from moetrain.launch import local
+    from moetrain.launch.machine.ranks import free_port
 
-    port = str(local._free_port())
+    port = str(free_port())
     environment = os.environ | {
         "PYTHONPATH": str(Path(moetrain.__file__).parent.parent), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE":
         str(world_size), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,

@@ -211,7 +211,7 @@ def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_o
 
 def test_a_killed_worker_is_told_and_the_next_start_goes_on(tmp_path, tiny_shards, monkeypatch):
     monkeypatch.setenv("MARK", str(tmp_path))
-    text = write_rows(tmp_path / "rows.jsonl", some_documents(400))
+    text = write_rows(tmp_path / "rows.jsonl", some_documents(4000))
 
     def kill(stage: str, done: int, total: int | None) -> None:
         if stage == "encode" and done:
