@@ -41,8 +41,9 @@ def test_the_settings_shown_are_yaml_of_a_line_each(name, text, lr):
     run = replace(RUN, name=name, data=replace(RUN.data, text=text), optim=replace(RUN.optim, lr=lr))
     shown = config_text(run, composed=to_dict(run), sources={"optim.lr": "model/a.yaml"})
     assert freeze(yaml.safe_load(shown)) == run
-    sections = 1 + sum(is_dataclass(value) for value in vars(run).values())  # model.moe is one too
-    assert len(shown.split("\n")) == len(flatten(to_dict(run))) + sections
+    sections = [value for value in vars(run).values() if is_dataclass(value)]
+    sections += [value for section in sections for value in vars(section).values() if is_dataclass(value)]
+    assert len(shown.split("\n")) == len(flatten(to_dict(run))) + len(sections)
 
 
 def test_a_value_left_to_be_worked_out_says_so():
