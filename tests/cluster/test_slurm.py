@@ -54,8 +54,8 @@ def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
     shown = place.call(*place.words("status", "queued"), **slurm.environment).stdout
     assert "queued" in shown
     assert f"SLURM job {number}, PENDING" in shown
-    # SLURM holds a requeued job back for two minutes
-    slurm.call("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=30")
+    # SLURM holds a requeued job back for two minutes; within the same second its nodes would still refuse it
+    slurm.call("scontrol", "update", f"JobId={number}", "StartTime=now+5", "TimeLimit=30")
     wait_until(lambda: place.step("queued") > saved + 3, what=lambda: printed(place, "queued"))
     assert "resumed from" in printed(place, "queued")
 
@@ -108,6 +108,6 @@ def test_an_array_runs_each_command_and_requeues_the_one_that_stops_at_its_limit
     assert (tmp_path / "word").read_text() == odd
     slurm.call("scancel", "--batch", "--signal=USR1", f"{number}_1")
     wait_until(lambda: "PENDING" in state(slurm, f"{number}_1"), what=lambda: state(slurm, number))
-    slurm.call("scontrol", "update", f"JobId={number}_1", "StartTime=now")
+    slurm.call("scontrol", "update", f"JobId={number}_1", "StartTime=now+5")
     wait_until(lambda: state(slurm, number) == "COMPLETED COMPLETED", what=lambda: state(slurm, number))
     assert "goes back into the queue" in (tmp_path / "an array" / f"array-{number}_1.out").read_text()
