@@ -37,21 +37,21 @@ def find(
     Raises:
         CheckpointError: on every rank; the newest one is of another run.
     """
-    # one rank reads and digests for all: they must not come to different answers
-    answer: list[Any] = [None, ""]
-    if dist.get_rank(group) == 0:
+
+    def read() -> Found | None:
         found = newest_whole(root, warn=warn, accept=accept)
-        foreign = "" if found is None else store.foreign(found[1], run=run, data=data)
-        answer = [found, f"{found[0]} {foreign}" if found and foreign else ""]
-    dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1]:
-        raise CheckpointError(f"{answer[1]}; set it back, or choose another name=… or run_dir=… for another run")
-    result: Found | None = answer[0]
+        if found is not None and (foreign := store.foreign(found[1], run=run, data=data)):
+            raise CheckpointError(
+                f"{found[0]} {foreign}; set it back, or choose another name=… or run_dir=… for another run"
+            )
+        return found
+
+    result: Found | None = from_first(read, group=group)
     return result
 
 
 def from_first(read: Callable[[], Any], *, group: dist.ProcessGroup) -> Any:
-    """What the first rank reads, on every rank.
+    """What the first rank reads, on every rank: each by itself might come to another answer.
 
     Raises:
         CheckpointError: on every rank; reading raised it there.
@@ -127,17 +127,7 @@ def take_weights(
     Raises:
         CheckpointError: on every rank; there is none, it is another model's, or another tokenizer's.
     """
-    # one rank reads and digests for all
-    answer: list[Any] = [None, ""]
-    if dist.get_rank(group) == 0:
-        try:
-            answer[0] = _start(weights, run=run, tokenizer=tokenizer)
-        except CheckpointError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1]:
-        raise CheckpointError(answer[1])
-    directory: Path = answer[0]
+    directory: Path = from_first(lambda: _start(weights, run=run, tokenizer=tokenizer), group=group)
     there = read_index(directory).state_dict_metadata
     wanted = [each for each in fragments
               if each.name.endswith("/fp32") or (each.name.endswith("/state") and each.name in there)]  # fmt: skip

@@ -262,7 +262,7 @@ def _go_back(parts: Parts, guard: Guard, *, save: SaveHook, log: LogHook, number
         progress=parts.progress,
         is_first=parts.is_first,
         left_out=parts.left_out,
-        settle=save.settle,
+        settle=save.wait,
         find=lambda accept: find(parts, accept=accept),
         load=load,
         forget=forget,

@@ -186,9 +186,9 @@ def _add_up_gradients(
             if losses.load:
                 counts.append(torch.stack([load.chosen_E for load in losses.load]))
             for name, weight in plain.gpt.named_parameters():
-                if weight.grad is not None:
+                if weight.grad is not None and plain.masters[name].requires_grad:
                     plain.masters[name].grad = _gradient(plain.masters[name]) + weight.grad.float()
-                    weight.grad = None
+                weight.grad = None
     if counts:
         plain.gpt.after_step(torch.stack(counts).sum(0))
     return language
@@ -210,13 +210,21 @@ def _gradient(master: nn.Parameter) -> Tensor:
 
 
 def _adamw(masters: dict[str, nn.Parameter], *, optim: OptimConfig) -> torch.optim.AdamW:
-    """Matrices decay, and nothing else: neither norms nor biases nor embeddings of positions."""
-    decays = {name: master.dim() > 1 and not name.startswith("positions.") for name, master in masters.items()}
-    groups = [
-        {"params": [master for name, master in masters.items() if decays[name]], "weight_decay": optim.weight_decay},
-        {"params": [master for name, master in masters.items() if not decays[name]], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False)
+    """Matrices decay, and nothing else: neither norms nor biases nor embeddings of positions. A frozen weight is given
+    no gradient, so that AdamW passes over it."""
+    groups = []
+    for name, master in masters.items():
+        rate = _rate(name, optim=optim)
+        master.requires_grad_(rate > 0)
+        decays = master.dim() > 1 and not name.startswith("positions.")
+        groups.append({"params": [master], "lr": rate, "weight_decay": optim.weight_decay if decays else 0.0})
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False)
+
+
+def _rate(name: str, *, optim: OptimConfig) -> float:
+    part = "router" if ".router." in name else "experts" if ".experts." in name else "dense"
+    ratio = {"router": optim.router_lr_ratio, "experts": optim.experts_lr_ratio, "dense": 1.0}[part]
+    return 0.0 if part in optim.freeze else optim.lr * ratio
 
 
 def _snapshot(plain: Plain) -> Whole:

@@ -110,6 +110,8 @@ class Guard:
         roll_back = None
         if skipped == NOT_FINITE:
             roll_back = self._not_finite(step - 1, loss=loss, grad_norm=grad_norm)
+        elif skipped == SPIKE:
+            self._count_high()
         elif not skipped:
             self._in_a_row = 0
             roll_back = self._judge(step - 1, loss)
@@ -170,15 +172,19 @@ class Guard:
             self._usual.append(loss)
             return None
         what = self._spike_text(loss, above)
-        self._high += 1
-        if self._high == 1 and policy == "rollback":
+        is_new = self._high == 0
+        self._count_high()
+        if is_new and policy == "rollback":
             return RollBack(max(0, batch - self._settings.leave_out_before), batch, what, must=False)
-        if self._high == 1:
+        if is_new:
             self._tell("spike", step=batch, rank=None, what=what, done="nothing, as watch.spike=warn says")
+        return None
+
+    def _count_high(self) -> None:
+        self._high += 1
         if self._high >= self._settings.spike_window:
             self._usual.clear()  # this is what is usual now
             self._high = 0
-        return None
 
     def _deviations(self, loss: float) -> float | None:
         """How far the loss is above the usual, in standard deviations, where that makes it a spike."""

@@ -134,15 +134,17 @@ class Watchdog:
 
     def _end(self, *, seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
-        self._log.write(f"\nno progress for {seconds:.0f} s; the stacks of this rank:\n")
-        self._log.flush()
-        faulthandler.dump_traceback(file=self._log)
-        if claim(self._run_dir):
-            found = verdict(self._before, self._after, host=self._board.host)
-            self._on_hang(self._progress.step, Hang(found.rank, f"no progress for {seconds:.0f} s: {found.text}"))
-            pause = 3.0
-        else:
-            pause = 6.0
+        pause = 6.0
+        # a full disk is no reason to hang on
+        with contextlib.suppress(OSError):
+            self._log.write(f"\nno progress for {seconds:.0f} s; the stacks of this rank:\n")
+            self._log.flush()
+            faulthandler.dump_traceback(file=self._log)
+        with contextlib.suppress(OSError):
+            if claim(self._run_dir):
+                pause = 3.0
+                found = verdict(self._before, self._after, host=self._board.host)
+                self._on_hang(self._progress.step, Hang(found.rank, f"no progress for {seconds:.0f} s: {found.text}"))
         time.sleep(pause * self._pause)  # for the others to leave their stacks, and for the one that speaks to finish
         os._exit(HUNG)
 

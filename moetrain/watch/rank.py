@@ -96,10 +96,6 @@ class OwnTime:
         times = list(self._times)
         return median(times) if times and len(times) == self._times.maxlen else None
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self._times.clear()
-
     def _begins(self, module: nn.Module, _: Any) -> None:
         if self._wanted and module.training:
             self._settle()

@@ -133,7 +133,7 @@ class GoBack:
         run_dir: of the run.
         is_first: whether this is the rank that writes.
         left_out: grows.
-        settle: waits for the save in flight.
+        settle: waits for the save in flight; a failure that ends the run is raised by it.
         find: the newest whole checkpoint that may be taken, the same on every rank.
         load: fills the engine from it.
         forget: called when all is loaded, with the state as it is then.

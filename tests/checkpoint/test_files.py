@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
+import os
+import resource
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +68,54 @@ def test_a_write_that_fails_leaves_no_digest():
     with pytest.raises(OSError, match="No space left"), files.create_stream(Path("/dev/full"), "wb") as stream:
         stream.write(b"x" * 1_000_000)
     assert files.digests == []
+
+
+def test_a_file_cut_short_in_the_middle_of_a_page_tells_the_cause_and_lets_go(tmp_path):
+    descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, hard))  # as a disk that is full there
+    content = b"x" * 30_000_000
+    try:
+        with pytest.raises(OSError, match="File too large"), DigestedFiles().create_stream(tmp_path / "x", "wb") as s:
+            s.write(content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "x").stat().st_size == 20_000_000
+    assert (os.listdir("/proc/self/fd"), threading.active_count()) == (descriptors, threads)
+
+
+def test_no_block_is_filled_anew_before_a_slow_disk_has_it(tmp_path, monkeypatch):
+    write = os.write
+
+    def slow(file: int, data: memoryview) -> int:
+        time.sleep(0.05)
+        return write(file, data)
+
+    monkeypatch.setattr("moetrain.checkpoint.files.os.write", slow)
+    content = os.urandom(40_000_000)
+    with DigestedFiles().create_stream(tmp_path / "x", "wb") as stream:
+        stream.write(content)
+    assert (tmp_path / "x").read_bytes() == content
+
+
+@pytest.mark.parametrize("most", [0, 1_000_000, 4096], ids=["refuses", "falls short", "falls short at a page"])
+def test_direct_writes_that_a_file_system_refuses_or_cuts_short_are_gone_on_with(tmp_path, monkeypatch, most):
+    """No file system here does so after it has taken the flag, so the call is held to the rules of open(2)."""
+    write = os.write
+
+    def strict(file: int, data: memoryview) -> int:
+        is_direct = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
+        place = os.lseek(file, 0, os.SEEK_CUR)
+        if is_direct and (most == 0 or len(data) % 4096 or place % 4096):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(file, data[: most or None])
+
+    monkeypatch.setattr("moetrain.checkpoint.files.os.write", strict)
+    content, files = os.urandom(9_000_001), DigestedFiles()
+    with files.create_stream(tmp_path / "x", "wb") as stream:
+        stream.write(content)
+    assert (tmp_path / "x").read_bytes() == content
+    assert files.digests[0].sha256 == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,18 +1,17 @@
-"""Rules across settings, and the settings worked out from others."""
+"""Rules across settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from dotted import DENSE, resolved
 
-from moetrain.config.checks import CHOICES, NOT_NEGATIVE, POSITIVE, check, in_steps, resolve, steps_in_run
-from moetrain.config.freeze import flatten, freeze, setting_names, to_dict
+from moetrain.config.checks import CHOICES, NOT_NEGATIVE, POSITIVE, check
+from moetrain.config.freeze import flatten, setting_names, to_dict
 from moetrain.config.routers import NOT_CAUSAL, ROUTERS, TOP_K
-from moetrain.config.schema import RunConfig, ScheduleConfig
+from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError
-
-DENSE = {"model.moe": None}
 
 
 def fitting(router: str) -> dict[str, Any]:
@@ -29,18 +28,6 @@ def home(name: str) -> dict[str, Any]:
         return {"launch.kubernetes.image": "moetrain", "launch.kubernetes.volume_claim": "work"}
     routers = [router for router, own in ROUTERS.items() if name.removeprefix("model.moe.") in own]
     return fitting(routers[0]) if routers else {}
-
-
-def resolved(settings: dict[str, Any], *, default_processes: int = 2) -> RunConfig:
-    """Settings by dotted name, frozen and resolved."""
-    nested: dict[str, Any] = {}
-    for name, value in settings.items():
-        *sections, last = name.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return resolve(freeze(nested), default_processes=default_processes)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -378,49 +365,6 @@ def test_all_broken_rules_are_told_at_once():
     assert [problem.split()[0] for problem in told] == [
         "model.num_kv_heads", "model.moe.top_k", "batch.global_batch", "schedule.steps"
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("processes", "experts", "expected"), [(2, 8, 2), (8, 8, 8), (8, 6, 2), (6, 8, 2), (16, 8, 8), (3, 8, 1), (1, 8, 1)]
-)
-def test_expert_parallel_is_the_largest_number_that_divides_processes_and_experts(processes, experts, expected):
-    largest = max(n for n in range(1, 17) if processes % n == 0 and experts % n == 0)
-    run = resolved({"launch.processes": processes, "model.moe.num_experts": experts})
-    assert run.parallel.expert_parallel == largest == expected
-
-
-def test_a_dense_model_has_no_expert_parallel():
-    assert resolved(DENSE | {"launch.processes": 8}).parallel.expert_parallel == 1
-
-
-def test_what_was_left_out_is_worked_out():
-    run = resolved({"name": "a", "model.context": 77, "batch.global_batch": 40}, default_processes=5)
-    assert (run.run_dir, run.batch.sequence_length, run.launch.processes) == ("runs/a", 77, 5)
-    assert run.batch.micro_batch == 8, "40 sequences over 5 processes, none accumulated"
-
-
-def test_what_was_given_stays():
-    given = {"run_dir": "here", "batch.sequence_length": 3, "batch.micro_batch": 2, "launch.processes": 4,
-             "parallel.expert_parallel": 1}  # fmt: skip
-    run = resolved({"name": "a", **given}, default_processes=5)
-    assert {name: flatten(to_dict(run))[name] for name in given} == given
-
-
-def test_to_resolve_twice_changes_nothing():
-    run = resolved({"name": "a"})
-    assert resolve(run, default_processes=7) == run
-
-
-@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (100, 1), (101, 2), (1000, 10), (10**30 + 1, 10**28 + 1)])
-def test_tokens_are_rounded_up_to_whole_steps(tokens, steps):
-    assert in_steps(None, tokens, tokens_per_step=100) == steps
-    assert steps_in_run(ScheduleConfig(steps=None, tokens=tokens), tokens_per_step=100) == steps
-
-
-def test_steps_are_taken_as_they_are():
-    assert in_steps(7, None, tokens_per_step=100) == 7
-    assert in_steps(None, None, tokens_per_step=100) is None
-    assert steps_in_run(ScheduleConfig(steps=7), tokens_per_step=100) == 7
 
 
 def test_a_password_is_not_repeated():

@@ -72,8 +72,10 @@ def test_the_layouts_of_the_default_model_train_as_one_process_does():
         ["model.moe.router=gshard", "model.moe.capacity_factor=1.0"],
         # a bias that no optimizer holds, and shared experts
         ["model.moe.router=sigmoid_bias", "model.moe.num_shared_experts=1", "model.moe.shared_gate=true"],
+        # a part that stays as it is, and one that learns at a rate of its own
+        ["optim.freeze=[router]", "optim.experts_lr_ratio=0.5"],
     ],
-    ids=["chance and drops", "bias"],
+    ids=["chance and drops", "bias", "frozen and slow"],
 )
 def test_what_differs_by_definition_or_is_kept_beside_the_weights_is_compared_too(words):
     done = verified("layout=ep2_zero1_acc2,ranks2_ep1_zero2", *words)

@@ -111,6 +111,14 @@ def spike_rank(rank: int) -> dict[str, Any]:
     for loss in USUAL + [6.0] * 12:
         level.do(loss)
     answers["level"] = level.told
+    level = Run(replace(SETTINGS, spike="skip"))
+    for loss in USUAL:
+        level.do(loss)
+    answers["skipped"] = []
+    for step in range(20):
+        is_kept = level.guard.keeps(step, [torch.tensor(6.0)])
+        answers["skipped"].append(not is_kept)
+        level.do(6.0, skipped="" if is_kept else SPIKE)
     return answers
 
 
@@ -131,6 +139,7 @@ def test_spikes_and_what_a_checkpoint_keeps_of_the_guard(ranks):
     assert spike_one == spike_two
     assert answers["resumed"]["told"][0] == answers["resumed"]["told"][1]
     assert len(answers["level"]) == 1, "after a window of steps the new level is what is usual"
+    assert answers["skipped"] == [True] * 8 + [False] * 12, "also where the steps are skipped: no run skips for ever"
 
 
 def test_steps_that_are_not_finite_are_skipped_until_there_are_too_many(answers):

@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from moetrain.errors import DataError
+from moetrain.parallel.lifeline import HUNG
 from moetrain.watch.board import Beat, Board, claim, clear, furthest_step, read_beats
 from moetrain.watch.hang import verdict
 from moetrain.watch.incidents import Incidents, read_incidents, summary
@@ -78,6 +80,27 @@ def test_the_board_holds_what_each_rank_wrote_last(tmp_path):
     clear(tmp_path)
     assert read_beats(tmp_path, world_size=2) == [None, None]
     clear(tmp_path)
+
+
+HANGS_ON_A_FULL_DISK = """
+import errno, sys, time
+from pathlib import Path
+from moetrain.watch.hang import Patience, Watchdog
+from moetrain.watch.progress import Progress
+
+def on_hang(step, found):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+watchdog = Watchdog(Path(sys.argv[1]), rank=0, world_size=1, progress=Progress(), on_hang=on_hang,
+                    patience=Patience(training=0.2, otherwise=0.2), log=open("/dev/full", "w"))
+watchdog.start()
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_hangs_ends_although_the_disk_is_full(tmp_path):
+    command = [sys.executable, "-c", HANGS_ON_A_FULL_DISK, str(tmp_path)]
+    assert subprocess.run(command, timeout=30, check=False).returncode == HUNG
 
 
 def test_progress_says_in_words_where_a_rank_is():

@@ -117,6 +117,8 @@ def plan(words: Sequence[str]) -> int:
 
 
 def _asked(overrides: Sequence[str]) -> tuple[_Asked, list[str]]:
+    from moetrain.plan.search import OBJECTIVES
+
     given, of_cluster, rest, problems = {}, [], [], []
     for word in overrides:
         key, equals, value = word.partition("=")
@@ -140,8 +142,8 @@ def _asked(overrides: Sequence[str]) -> tuple[_Asked, list[str]]:
     if "tokens" in given and tokens is None:
         problems.append(f"tokens is '{given['tokens']}', but must be a number above 0, such as 300B, 2T or 15e12")
     objective = given.get("objective", "time")
-    if objective not in ("time", "cost", "gpus"):
-        problems.append(f"objective is '{objective}', but must be one of time, cost, gpus")
+    if objective not in OBJECTIVES:
+        problems.append(f"objective is '{objective}', but must be one of {', '.join(OBJECTIVES)}")
     imbalance, show = _amount(given.get("imbalance", "1.2")), _amount(given.get("show", "5"))
     if imbalance is None or not 1 <= imbalance <= 1000:
         problems.append(f"imbalance is '{given['imbalance']}', but must be at least 1: 1 is an even load")

@@ -88,6 +88,7 @@ class LogHook:
         self._speed, self._meter, self._group, self._peak_memory = speed, meter, group, peak_memory
         self._record, self._bar, self._device = record, bar, device
         self._losses: list[Tensor] = []
+        self._made = 0  # of these steps, those that changed something
         self._result: StepResult | None = None
         self._note = ""
         self._tokens_then = 0
@@ -100,6 +101,7 @@ class LogHook:
     def after_step(self, state: TrainState, result: StepResult) -> None:
         self._result = result
         self._losses.append(_mean_loss(result.micro_batches, device=self._device))
+        self._made += not result.skipped
         if self._meter is not None and not result.skipped:
             for losses in result.micro_batches:
                 for layer, load in enumerate(losses.load):
@@ -114,7 +116,8 @@ class LogHook:
         """Forget the steps since the last line: the run has gone back. Every rank calls it."""
         self._losses.clear()
         if self._meter is not None:
-            self._meter.read(self._group)
+            self._meter.read(self._group, steps=0)
+        self._made = 0
         self.start(state)
 
     def flush(self, state: TrainState) -> None:
@@ -145,11 +148,13 @@ class LogHook:
         }
         note = f"loss {line['loss']:.3f}  {speed.tokens_per_second:,.0f} tok/s"
         if self._meter is not None:
-            load = self._meter.read(self._group, steps=len(step_losses))
+            # a step that was skipped or left out says nothing of an expert that no token has chosen
+            load = self._meter.read(self._group, steps=self._made)
             line |= load_fields(load)
             note += f"  load {max(load.max_over_mean):.2f}x"
             if dead := sum(map(len, load.dead)):
                 note += f"  {dead} dead experts"
+        self._made = 0
         self._record(line)
         self._bar.show(line)
         self._note = note

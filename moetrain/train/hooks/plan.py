@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,7 +33,8 @@ class PlanCheck:
 
     def take(self, line: dict[str, Any]) -> None:
         """Look at a line of metrics of training steps."""
-        if len(self._lines) == self.LINES:
+        # one with a step that was left out tells no pace; one of such steps alone has a pace of 0
+        if len(self._lines) == self.LINES or not all(map(math.isfinite, line["step_losses"])):
             return
         self._lines.append(line)
         if len(self._lines) < self.LINES:

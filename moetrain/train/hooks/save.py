@@ -85,9 +85,17 @@ class SaveHook:
         if state.step < self._steps:
             self.save(state)
         self._go_on = False
-        self._tell(self._saver.wait())
+        self.wait()
         if self._failure is not None:
             raise self._failure
+
+    def wait(self) -> None:
+        """Let the save in flight end.
+
+        Raises:
+            CheckpointError: on every rank; it failed, and a failure ends the run.
+        """
+        self._tell(self._saver.wait())
 
     def go_back(self) -> None:
         """The run has gone back: steps that were saved come again."""
