@@ -1,6 +1,6 @@
 """Real text from Debian's packages: a dictionary (GCIDE, 40 MB) and the documentation of the Linux kernel (25 MB).
 
-    python scripts/debian_corpus.py corpus
+    python scripts/debian_corpus.py corpus            # --code: 135 MB of the kernel's C as well
     moetrain train name=debian \\
       'data.sources={dictionary:{text:corpus/dictionary.jsonl},kernel:{text:corpus/kernel.jsonl}}'
 
@@ -15,11 +15,13 @@ import gzip
 import json
 import re
 import subprocess
+import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-DICTIONARY, KERNEL = "dict-gcide", "linux-doc"
+DICTIONARY, KERNEL, CODE = "dict-gcide", "linux-doc", "linux-source"
+CODE_BYTES = 135_000_000
 
 
 def unpacked(package: str, place: Path) -> Path:
@@ -31,10 +33,10 @@ def unpacked(package: str, place: Path) -> Path:
     return root
 
 
-def newest_kernel_package() -> str:
-    """The package that linux-doc, which is empty, stands for: linux-doc-6.1, or what this release has."""
-    told = subprocess.run(["apt-cache", "depends", KERNEL], check=True, capture_output=True, text=True).stdout
-    return re.findall(r"Depends: (linux-doc-\S+)", told)[0]
+def newest(package: str) -> str:
+    """The package that the empty linux-doc or linux-source stands for: linux-doc-6.1, or what this release has."""
+    told = subprocess.run(["apt-cache", "depends", package], check=True, capture_output=True, text=True).stdout
+    return re.findall(rf"Depends: ({package}-\S+)", told)[0]
 
 
 def dictionary_entries(root: Path) -> Iterator[str]:
@@ -56,16 +58,37 @@ def kernel_documents(root: Path) -> Iterator[str]:
                 yield text
 
 
+def kernel_code(root: Path) -> Iterator[str]:
+    """C files in the order of the archive, one document a file, until there are `CODE_BYTES`."""
+    left = CODE_BYTES
+    with tarfile.open(next(root.rglob("linux-source-*.tar.xz"))) as archive:
+        for member in archive:
+            if left <= 0:
+                return
+            if member.isfile() and member.name.endswith((".c", ".h")):
+                data = archive.extractfile(member)
+                assert data is not None
+                text = data.read().decode("utf-8", errors="replace").strip()
+                left -= len(text.encode())
+                if text:
+                    yield text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where dictionary.jsonl and kernel.jsonl go")
-    directory = parser.parse_args().directory
+    parser.add_argument("--code", action="store_true", help="code.jsonl, too: 135 MB of C")
+    options = parser.parse_args()
+    directory = options.directory
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
-        for name, package, read in (
+        wanted: list[tuple[str, str, Callable[[Path], Iterator[str]]]] = [
             ("dictionary", DICTIONARY, dictionary_entries),
-            ("kernel", newest_kernel_package(), kernel_documents),
-        ):
+            ("kernel", newest(KERNEL), kernel_documents),
+        ]
+        if options.code:
+            wanted.append(("code", newest(CODE), kernel_code))
+        for name, package, read in wanted:
             documents = list(read(unpacked(package, Path(place))))
             target = directory / f"{name}.jsonl"
             beside = target.with_suffix(".jsonl.partial")
