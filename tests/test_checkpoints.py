@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_end_to_end import environment, losses, metrics, place, run
 
 from moetrain.checkpoint import state, store
 from moetrain.checkpoint.state import Fragment
+from moetrain.cli import main as cli
 
 __all__ = ["place"]  # a fixture
 ALONE = ["launch.processes=1", "batch.micro_batch=8", "checkpoint.keep=9", "schedule.steps=12"]
@@ -101,6 +103,51 @@ def test_the_certificate_holds_on_another_layout(place, trained):
                "model.dtype=bf16")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
+
+
+class TestTheDoctorTakesTheCertificateAgain:
+    @pytest.fixture
+    def doctor(self, place, monkeypatch, capsys) -> Callable[..., tuple[int, dict[str, Any]]]:
+        """Directory, flags -> exit code and the check of the certificate; every other check has passed."""
+        monkeypatch.chdir(place)
+
+        def ask(directory: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+            code = cli.main(["checkpoint", "doctor", str(directory), *flags, "--json"])
+            *others, last = json.loads(capsys.readouterr().out)["checks"]
+            assert [each["name"] for each in others if each["passed"] is False] == []
+            assert last["name"] == "certificate"
+            return code, last
+
+        return ask
+
+    def test_it_holds(self, doctor, trained):
+        code, found = doctor(trained)
+        assert (code, found["passed"]) == (0, True)
+
+    def test_it_sees_experts_that_traded_places(self, doctor, trained):
+        copy = copy_of(trained, "traded", newest=10)
+        swap_two_experts(copy / "checkpoints/step_00000010")
+        code, found = doctor(copy)
+        assert (code, found["passed"]) == (1, False)
+        assert found["detail"].startswith("the probe loss is")
+        code, found = doctor(copy, "--no-certificate")
+        assert (code, found["passed"]) == (0, None)
+
+    def test_it_sees_another_seed(self, doctor, trained):
+        newest = copy_of(trained, "sown", newest=10) / "checkpoints/step_00000010"
+        change_manifest(newest, seed=77, run=store.read_manifest(newest).run | {"seed": 77})
+        code, found = doctor(newest)
+        assert (code, found["passed"]) == (1, False)
+        assert "the next batch has the digest" in found["detail"]
+        assert "the probe loss" not in found["detail"]
+
+    def test_without_the_data_it_is_not_held(self, doctor, trained):
+        newest = copy_of(trained, "alone", newest=10) / "checkpoints/step_00000010"
+        settings = store.read_manifest(newest).run
+        change_manifest(newest, run=settings | {"data": settings["data"] | {"prepared": "elsewhere"}})
+        code, found = doctor(newest)
+        assert (code, found["passed"]) == (0, None)
+        assert found["detail"].startswith("it needs the data of the run: elsewhere")
 
 
 def test_a_checkpoint_knows_the_held_out_loss_of_its_step_alone(trained):

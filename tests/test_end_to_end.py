@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from moetrain.config.freeze import read_run
-from moetrain.plan.memory import memory_of
+from moetrain.plan.memory.device import memory_of
 from moetrain.plan.published import layout_of
 from moetrain.prepare.text import expand, read_documents
 

@@ -1,7 +1,7 @@
 """Is a checkpoint whole? Every tensor, every expert and both moments there once, and fit to go on from.
 
-Nothing is loaded into a model: the index and the settings say what must be there, and values are read a block at a
-time. What a check cannot see is in docs/checkpoints.md.
+The index and the settings say what must be there, and values are read a block at a time; only the last check, of the
+resume certificate, loads the weights into a model. What a check cannot see is in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moetrain.archive.expected import Expected
 from moetrain.archive.stored import Stored
 from moetrain.archive.values import MOMENTS, read_through
 from moetrain.checkpoint import store
-from moetrain.errors import CheckpointError, MoetrainError
+from moetrain.errors import CheckpointError, DataError, MoetrainError
 
 LARGEST_RECORD_FRAME = 4096
 """Bytes that torch.save puts around the values of an interval, at most; some 1,300 are usual."""
@@ -50,13 +50,28 @@ class _Patient:
         return ("fp32", *MOMENTS) if self.manifest is None or self.manifest.has_moments else ("fp32",)
 
 
-def examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) -> Iterator[Check]:
+def examine(
+    directory: Path,
+    *,
+    expect: Callable[[dict[str, Any]], Expected],
+    retake: Callable[[store.Manifest], list[str]] | None = None,
+) -> Iterator[Check]:
     """The checks of a checkpoint, one after another; it is whole when none has failed.
 
     Args:
         directory: of one checkpoint; it exists.
         expect: the settings of a run -> what its checkpoints must hold; raises MoetrainError for unusable settings.
+        retake: what of the resume certificate does not hold; raises DataError where there is not the data for it.
+            Asked only when all else has passed. None: it is not held.
     """
+    failed = False
+    for check in _examine(directory, expect=expect):
+        failed = failed or check.passed is False
+        yield check
+    yield _certificate(directory, retake=retake, failed=failed)
+
+
+def _examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) -> Iterator[Check]:
     manifest = None
     try:
         manifest = store.read_manifest(directory)
@@ -89,9 +104,23 @@ def examine(directory: Path, *, expect: Callable[[dict[str, Any]], Expected]) ->
         else:
             yield check(name, patient)
     yield from _contents(patient)
-    certificate = manifest.certificate if manifest else None
-    reason = "held when the run goes on: that needs its data" if certificate else "this checkpoint carries none"
-    yield Check("certificate", None, reason)
+
+
+def _certificate(directory: Path, *, retake: Callable[[store.Manifest], list[str]] | None, failed: bool) -> Check:
+    if failed:
+        return Check("certificate", None, "only where nothing else has failed")
+    manifest = store.read_manifest(directory)
+    if manifest.certificate is None:
+        return Check("certificate", None, "this checkpoint carries none")
+    if retake is None:
+        return Check("certificate", None, "held when the run goes on")
+    try:
+        problems = retake(manifest)
+    except DataError as error:
+        return Check("certificate", None, f"it needs the data of the run: {error}")
+    return _verdict(
+        "certificate", problems, "next batch, random numbers, probe loss and expert counts are as they were"
+    )
 
 
 def _files(directory: Path, manifest: store.Manifest | None) -> Check:

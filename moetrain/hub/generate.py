@@ -15,7 +15,7 @@ from moetrain.checkpoint import store
 from moetrain.checkpoint.state import Fragment, load, newest_whole
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.freeze import read_run
-from moetrain.config.schema import RunConfig
+from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.data.tokenizer import end_of_text, vocabulary_size
 from moetrain.errors import CheckpointError
 from moetrain.model.attention import KeyValues
@@ -55,13 +55,22 @@ def load_model(
         CheckpointError: there is none, or it does not fit its settings.
     """
     run, directory, _ = newest_or(run_dir, step=step, warn=warn)
+    return run, read_model(directory, run.model, device=device)
+
+
+def read_model(directory: Path, model: ModelConfig, *, device: torch.device | None = None) -> GPT:
+    """The same of the checkpoint in ``directory``, whose model is ``model``; its digests are not read.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
     # a hash router's table comes with the checkpoint; until then it only needs its size
-    gpt = build_model(run.model, expert_V=torch.zeros(run.model.vocab_size, dtype=torch.int64))
+    gpt = build_model(model, expert_V=torch.zeros(model.vocab_size, dtype=torch.int64))
     tensors = {f"{name}/fp32": parameter.detach() for name, parameter in gpt.named_parameters()}
     tensors |= {f"{name}/state": state for name, state in gpt.moe_state().items()}
     fragments = [Fragment(name, tensor.view(-1), 0, tensor.numel()) for name, tensor in tensors.items()]
     load(directory, fragments, group=None)
-    return run, gpt.to(device).eval()
+    return gpt.to(device).eval()
 
 
 def best_device() -> torch.device:

@@ -24,7 +24,7 @@ from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError, LostError, MoetrainError
 from moetrain.launch.nodes.hosts import hosts_of
 from moetrain.plan.layout import Layout, offered
-from moetrain.plan.memory import memory_of
+from moetrain.plan.memory.device import memory_of
 from moetrain.watch import board
 from moetrain.watch.incidents import Incidents
 

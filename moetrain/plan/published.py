@@ -16,7 +16,7 @@ from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.errors import DataError
 from moetrain.plan.cluster import Cluster, known_clusters, of_device
 from moetrain.plan.layout import Layout
-from moetrain.plan.memory import IMBALANCE, Memory, memory_of
+from moetrain.plan.memory.device import IMBALANCE, Memory, memory_of
 from moetrain.plan.time import Conditions, StepTime, step_time
 
 RUNS_FILE = Path(__file__).with_name("published.yaml")

@@ -11,7 +11,7 @@ from moetrain.config.schema import ModelConfig
 from moetrain.plan.cluster import GB, Cluster
 from moetrain.plan.flops import count_parameters, flops_per_token
 from moetrain.plan.layout import Layout, Offer
-from moetrain.plan.memory import IMBALANCE, Memory, memory_of
+from moetrain.plan.memory.device import IMBALANCE, Memory, memory_of
 from moetrain.plan.time import Conditions, StepTime, step_time
 
 OBJECTIVES = ("time", "cost", "gpus")

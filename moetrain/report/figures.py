@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.errors import DataError
-from moetrain.plan.memory import PARTS
+from moetrain.plan.memory.device import PARTS
 from moetrain.plan.time import TIMES
 
 Metrics = Sequence[dict[str, Any]]

@@ -17,7 +17,7 @@ from rich.text import Text
 from moetrain.config.schema import ParallelConfig
 from moetrain.plan.cluster import GB, Cluster
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
-from moetrain.plan.memory import PARTS
+from moetrain.plan.memory.device import PARTS
 from moetrain.plan.published import Run, calibrate
 from moetrain.plan.search import Answer, Plan, Question, layout_kind
 from moetrain.plan.time import TIMES

@@ -16,7 +16,7 @@ from moetrain.errors import ConfigError
 from moetrain.plan.cluster import Cluster
 from moetrain.plan.flops import count_parameters, flops_per_token
 from moetrain.plan.layout import Layout
-from moetrain.plan.memory import memory_of
+from moetrain.plan.memory.device import memory_of
 from moetrain.plan.time import Conditions, step_time
 from moetrain.sweep.settings import Axis, Choice, SweepConfig
 

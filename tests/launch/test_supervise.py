@@ -15,7 +15,7 @@ from moetrain.errors import ConfigError, HangError, LaunchError, LostError, Moet
 from moetrain.launch.local import run_local
 from moetrain.launch.supervise import Ended, on_fewer, supervise, wait
 from moetrain.plan.layout import Layout
-from moetrain.plan.memory import memory_of
+from moetrain.plan.memory.device import memory_of
 from moetrain.watch.board import Beat, Board
 from moetrain.watch.incidents import read_incidents
 

@@ -20,7 +20,7 @@ from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
 from moetrain.plan.flops import count_parameters
 from moetrain.plan.layout import Layout, offered
-from moetrain.plan.memory import PARTS, Memory, memory_of
+from moetrain.plan.memory.device import PARTS, Memory, memory_of
 from moetrain.train.engine import Engine
 
 ALONE = Layout(gpus=1)
@@ -146,6 +146,10 @@ MEASURED: list[tuple[str, Layout]] = [
     ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=1)),
     ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=1, micro_batch=8, recompute="selective")),
     ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=2, micro_batch=4, offload_optimizer=True)),
+    ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=4)),
+    ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=3, micro_batch=4, accumulation=2)),
+    ("sparse bf16", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=8, recompute="full")),
+    ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=3, micro_batch=4)),
 ]
 
 
@@ -169,13 +173,15 @@ def make_engine(model: ModelConfig, layout: Layout, *, rank: int) -> Engine:
                   clip=1.0)  # fmt: skip
 
 
-def run_step(model: ModelConfig, layout: Layout, *, rank: int, length: int) -> None:
+def run_steps(model: ModelConfig, layout: Layout, *, rank: int, length: int) -> None:
     engine = make_engine(model, layout, rank=rank)
-    for micro in range(layout.accumulation):
-        generator = torch.Generator().manual_seed(10 * micro + rank)
-        token = torch.randint(0, model.vocab_size, (layout.micro_batch, length + 1), generator=generator)
-        engine.forward_backward(split(token))
-    engine.step(1e-3)
+    # at ZeRO-3 the first step gathers as the modules come, and only then is it known what is worth keeping
+    for _ in range(2 if layout.zero_stage == 3 else 1):
+        for micro in range(layout.accumulation):
+            generator = torch.Generator().manual_seed(10 * micro + rank)
+            token = torch.randint(0, model.vocab_size, (layout.micro_batch, length + 1), generator=generator)
+            engine.forward_backward(split(token))
+        engine.step(1e-3)
 
 
 def measure(rank: int, cases: list[tuple[str, Layout]]) -> list[int]:
@@ -189,13 +195,13 @@ def measure(rank: int, cases: list[tuple[str, Layout]]) -> list[int]:
         small = replace(model, vocab_size=64, d_model=32, num_heads=2, num_kv_heads=None, num_layers=2, d_ff=32,
                         moe=sparse)  # fmt: skip
         # imports and the libraries' own buffers, which are no part of a model
-        run_step(small, layout, rank=rank, length=16)
+        run_steps(small, layout, rank=rank, length=16)
         gc.collect()
         dist.barrier()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
             clear.write("5")  # VmHWM starts anew
         before = resident("VmRSS")
-        run_step(model, layout, rank=rank, length=model.context)
+        run_steps(model, layout, rank=rank, length=model.context)
         peaks.append(resident("VmHWM") - before)
         gc.collect()
     return peaks

@@ -14,7 +14,7 @@ from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.plan.cluster import Cluster, read_cluster
 from moetrain.plan.flops import count_parameters, flops_per_token
 from moetrain.plan.layout import Layout, Offer, everything, offered
-from moetrain.plan.memory import memory_of
+from moetrain.plan.memory.device import memory_of
 from moetrain.plan.search import Answer, Question, global_batch, search
 
 H100 = read_cluster(compose_file("cluster", "h100_ib"), name="h100_ib")

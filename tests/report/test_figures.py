@@ -164,7 +164,7 @@ def test_the_bars_of_a_plan_are_its_parts(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     from moetrain.plan.layout import Layout
-    from moetrain.plan.memory import Memory
+    from moetrain.plan.memory.device import Memory
     from moetrain.plan.time import StepTime
     from moetrain.report.figures import plan_bars
 

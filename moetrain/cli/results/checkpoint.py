@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ HELP = {
                                         lies at the run's checkpoint.remote too
   show [WHICH] [--tensors] [--json]     what is in one: settings, parameters part by part, files; with --tensors,
                                         every tensor in it
-  doctor [WHICH] [--json]               is it whole? a line for each check; it reads every value
+  doctor [WHICH] [--no-certificate] [--json]
+                                        is it whole? a line for each check; it reads every value, and takes the resume
+                                        certificate again where the run's data are here (weights in memory once)
   diff WHICH WHICH [--json]             tensor by tensor, by global names, whatever layouts wrote the two
   reshard WHICH RUN [files=N] [moments=false]
                                         write it again into another run directory, as N files, or without the
@@ -210,7 +213,8 @@ def _doctor(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
     checks: list[Check] = []
     if "--json" not in flags:
         print(directory)
-    for check in examine(directory, expect=expected_tensors):
+    retake = None if "--no-certificate" in flags else partial(_retaken, directory)
+    for check in examine(directory, expect=expected_tensors, retake=retake):
         checks.append(check)
         if "--json" not in flags:
             word = {True: "pass", False: "FAIL", None: "  - "}[check.passed]
@@ -222,6 +226,13 @@ def _doctor(wanted: _OfOne, paths: list[Path], flags: set[str]) -> int:
     else:
         print(f"NOT whole: {len(failed)} of {len(checks)} checks failed" if failed else "whole")
     return 1 if failed else 0
+
+
+def _retaken(directory: Path, manifest: store.Manifest) -> list[str]:
+    run = listing.settings(manifest)
+    from moetrain.evaluation.witness import hold
+
+    return hold(directory, manifest, run, run_dir=directory.parent.parent)
 
 
 def _diff(wanted: _OfTwo, paths: list[Path], flags: set[str]) -> int:
@@ -353,7 +364,7 @@ def _print_json(content: dict[str, Any]) -> int:
 _VERBS = {
     "ls": _Verb(_ls, _OfRun, range(2), ("--digests", "--remote", "--json")),
     "show": _Verb(_show, _OfOne, range(2), ("--tensors", "--json")),
-    "doctor": _Verb(_doctor, _OfOne, range(2), ("--json",)),
+    "doctor": _Verb(_doctor, _OfOne, range(2), ("--no-certificate", "--json")),
     "diff": _Verb(_diff, _OfTwo, range(2, 3), ("--json",)),
     "reshard": _Verb(_reshard, _Reshard, range(2, 3), ()),
     "prune": _Verb(_prune, _Prune, range(2), ("--dry-run",)),

@@ -1,13 +1,9 @@
 """Bytes on one device, part by part, for a layout: what the engine and the layers really hold (docs/plan.md).
 
-Letters (one legend for the file)
-    T tokens of a micro-batch on a device    D d_model    V vocab_size    H, G, d query heads, key/value heads, width
-    F hidden width of a feed-forward net     g 2 for a gated one, else 1      K experts per token, E experts
-    R rows at the fullest device's experts, T x K x imbalance
-
-Four moments can be the fullest, and the fullest one counts: the *turn* from forward to backward (all activations and
-the logits), the backward of the *first block*, which comes last (all gradients, one block whole and its gradients),
-the *reduction* after it (all gradients, buckets), and the *step* (gradients, and a flat copy of a share).
+Five moments can be the fullest, and the fullest one counts: the *last block* forward (all activations, and at ZeRO-3
+what weights were gathered in), the *turn* from forward to backward (all activations and the logits), the backward of
+the *first block*, which comes last (all gradients, one block whole and its gradients), the *reduction* after it (all
+gradients, buckets), and the *step* (gradients, and a flat copy of a share).
 """
 
 from __future__ import annotations
@@ -16,10 +12,10 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from moetrain.config.deepspeed import BUCKET_ELEMENTS, LIVE_ELEMENTS
-from moetrain.config.routers import resolve_router
 from moetrain.config.schema import ModelConfig
-from moetrain.plan.flops import GATED, ParameterCount, count_parameters, is_moe_block
+from moetrain.plan.flops import GATED, ParameterCount, count_parameters
 from moetrain.plan.layout import Layout
+from moetrain.plan.memory.activations import activations_of, width_of
 
 UNSHARDED_BUCKET_ELEMENTS = 500_000_000
 """The same at stage 0: DeepSpeed's constant MEMORY_OPT_ALLREDUCE_SIZE."""
@@ -109,17 +105,18 @@ def memory_of(
     load = _load(model, layout)
     always = _standing(model, layout, load)
     tokens = layout.micro_batch * sequence_length
-    kept = _activations(model, layout, tokens=tokens, imbalance=imbalance, device=device)
+    kept = activations_of(model, layout, tokens=tokens, imbalance=imbalance, device=device)
     block = kept.block
+    forward = replace(
+        always,
+        activations=kept.activations,
+        experts=kept.experts,
+        gradients=_gradients_between(model, layout, load),
+        buffers=_empty_bucket(model, layout, load, device=device),
+    )
     moments = (
-        replace(
-            always,
-            activations=kept.activations,
-            experts=kept.experts,
-            logits=12.0 * model.vocab_size * tokens,
-            gradients=_gradients_between(model, layout, load),
-            buffers=_empty_bucket(model, layout, load, device=device),
-        ),
+        replace(forward, buffers=forward.buffers + _gather_buffer(model, layout, load)),
+        replace(forward, logits=12.0 * model.vocab_size * tokens),
         replace(
             always,
             activations=block.outside + kept.activations / model.num_layers,
@@ -138,10 +135,6 @@ def memory_of(
     )
     fullest = max(moments, key=lambda moment: moment.total)
     return replace(fullest, slack=slack * fullest.total, framework=FRAMEWORK_BYTES[device])
-
-
-def _width(model: ModelConfig) -> int:
-    return 2 if model.dtype == "bf16" else 4
 
 
 def _load(model: ModelConfig, layout: Layout) -> _Load:
@@ -169,19 +162,30 @@ def _is_bf16_optimizer(model: ModelConfig, layout: Layout) -> bool:
 
 def _standing(model: ModelConfig, layout: Layout, load: _Load) -> Memory:
     """What is there all the time."""
-    weights = _width(model) * load.local
+    weights = width_of(model) * load.local
     if layout.zero_stage == 3:
-        gathered = min(LIVE_ELEMENTS + load.local / model.num_layers, load.local)
-        weights = _width(model) * (load.share + gathered)
+        spread = _spread(layout, load)
+        gathered = min(LIVE_ELEMENTS + spread / model.num_layers, spread)
+        weights = width_of(model) * (load.share + gathered)
     # at stage 0 the optimizer steps on the weights themselves
     masters = 0.0 if layout.zero_stage == 0 and model.dtype == "fp32" else 4 * load.share
     state = Memory(weights=weights, masters=masters, moments=8 * load.share)
     if not layout.offload_optimizer:
         return state
     # with them the gradients of the share, a buffer for the largest and, below stage 3, its weights on their way back
-    on_their_way = _width(model) if layout.zero_stage < 3 else 0
+    on_their_way = width_of(model) if layout.zero_stage < 3 else 0
     waiting = (4 + on_their_way) * load.share + 4 * load.largest
     return replace(state, masters=0.0, moments=0.0, host=state.masters + state.moments + waiting)
+
+
+def _spread(layout: Layout, load: _Load) -> float:
+    """Weights that stage 3 has to gather: experts that no other device has are whole already."""
+    return load.dense + (load.experts if layout.expert_data > 1 else 0.0)
+
+
+def _gather_buffer(model: ModelConfig, layout: Layout, load: _Load) -> float:
+    """What weights are gathered into, before each is copied out; it goes when the last of them is asked for."""
+    return width_of(model) * min(BUCKET_ELEMENTS, _spread(layout, load)) if layout.zero_stage == 3 else 0.0
 
 
 def _gradients_between(model: ModelConfig, layout: Layout, load: _Load) -> float:
@@ -233,28 +237,33 @@ def _buckets(model: ModelConfig, layout: Layout, load: _Load, *, device: str) ->
     if layout.zero_stage == 1:
         # gradients move into the bucket, so that what is in it is counted already
         return _empty_bucket(model, layout, load, device=device) + copies
-    return _width(model) * filled + copies
+    return width_of(model) * filled + copies
 
 
 def _empty_bucket(model: ModelConfig, layout: Layout, load: _Load, *, device: str) -> float:
-    """The bucket is there before it is filled; on a CPU its pages are not: at stage 3 those that a block has filled."""
+    """The bucket is there before it is filled; on a CPU its pages are not: at stage 3 those that were filled once."""
     if layout.zero_stage == 0 or _is_bf16_optimizer(model, layout):
         return 0.0
     if layout.zero_stage == 3:
-        return 4 * (BUCKET_ELEMENTS if device == "cuda" else min(BUCKET_ELEMENTS, load.local / model.num_layers))
-    return _width(model) * BUCKET_ELEMENTS if device == "cuda" else 0.0
+        return 4 * (BUCKET_ELEMENTS if device == "cuda" else min(BUCKET_ELEMENTS, _reduced_together(model, load)))
+    return width_of(model) * BUCKET_ELEMENTS if device == "cuda" else 0.0
 
 
 def _filled_bucket(model: ModelConfig, layout: Layout, load: _Load, *, device: str) -> float:
     """At stage 2 all gradients are in it at the end of the backward pass, as far as it has room."""
-    filled = _width(model) * min(BUCKET_ELEMENTS, load.local) if layout.zero_stage == 2 else 0.0
+    filled = width_of(model) * min(BUCKET_ELEMENTS, load.local) if layout.zero_stage == 2 else 0.0
     return max(filled, _empty_bucket(model, layout, load, device=device))
 
 
 def _reduced_at_once(model: ModelConfig, layout: Layout, load: _Load) -> float:
-    """At stage 3 gradients are reduced block by block: as they came, and twice in fp32."""
+    """At stage 3, beside the bucket: gradients as they came, and twice in fp32."""
     together = max(load.largest, min(BUCKET_ELEMENTS, load.local / model.num_layers))
-    return (_width(model) + 8) * together if layout.zero_stage == 3 else 0.0
+    return (width_of(model) + 8) * together if layout.zero_stage == 3 else 0.0
+
+
+def _reduced_together(model: ModelConfig, load: _Load) -> float:
+    """Elements that stage 3 reduces at once, where the bucket holds them: the experts of a block end what waits."""
+    return load.local / (model.num_layers if load.experts else 1)
 
 
 def _step_copies(model: ModelConfig, layout: Layout, load: _Load) -> float:
@@ -262,138 +271,3 @@ def _step_copies(model: ModelConfig, layout: Layout, load: _Load) -> float:
     if layout.zero_stage == 0 or layout.offload_optimizer:
         return 0.0
     return 4 * max(load.dense_share, load.experts_share)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Bytes of one block: outside its experts and inside."""
-
-    outside: float
-    inside: float
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a forward pass leaves."""
-
-    activations: float
-    experts: float
-    block: _Block
-    """One block in its backward pass: whole, recomputed or not, with the gradients of its largest parts."""
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One forward and backward pass on the fullest device."""
-
-    tokens: float
-    rows_at: float
-    """Tokens that its experts have work for, before each is copied for K experts."""
-    device: str
-
-
-def _activations(model: ModelConfig, layout: Layout, *, tokens: float, imbalance: float, device: str) -> _Kept:
-    run = _Pass(tokens, tokens * imbalance, device)
-    sparse = sum(is_moe_block(model, block=block) for block in range(model.num_layers))
-    outside, inside, in_backward = 0.0, 0.0, []
-    for is_sparse, many in ((True, sparse), (False, model.num_layers - sparse)):
-        if many:
-            block = _whole_block(model, layout, run, is_sparse=is_sparse)
-            left = block if layout.recompute == "none" else _left(model, layout, run, is_sparse=is_sparse)
-            outside, inside = outside + many * left.outside, inside + many * left.inside
-            in_backward.append(_in_backward(model, layout, run, block, is_sparse=is_sparse))
-    last_norm = _norm(model, device=device) * tokens + _width(model) * model.d_model * tokens
-    fullest = max(in_backward, key=lambda block: block.outside + block.inside)
-    return _Kept(activations=outside + last_norm, experts=inside, block=fullest)
-
-
-def _whole_block(model: ModelConfig, layout: Layout, run: _Pass, *, is_sparse: bool) -> _Block:
-    """A block of which nothing is recomputed."""
-    attention = _attention(model, device=run.device) * run.tokens
-    if is_sparse:
-        return _Block(attention + _moe_outside(model) * run.tokens, _moe_inside(model, layout, run))
-    dense = _width(model) * (model.d_model + _hidden(model, model.d_ff, model.activation))
-    return _Block(attention + dense * run.tokens, 0.0)
-
-
-def _in_backward(model: ModelConfig, layout: Layout, run: _Pass, block: _Block, *, is_sparse: bool) -> _Block:
-    """A whole block and the gradients that its own backward makes."""
-    width, moe = _width(model), model.moe
-    stream = 3 * width * model.d_model * run.tokens
-    if not is_sparse or moe is None:
-        dense = width * _hidden(model, model.d_ff, model.activation) * run.tokens
-        return _Block(block.outside + stream + dense, 0.0)
-    hidden = _hidden(model, moe.d_expert or model.d_ff, moe.activation or model.activation)
-    if run.device == "cpu":
-        hidden *= layout.expert_parallel / moe.num_experts  # one expert after the other
-    rows = width * moe.top_k * run.rows_at * (hidden + 2 * model.d_model)
-    # recomputed part by part, experts and attention are not whole at the same time
-    outside = stream if layout.recompute == "selective" else block.outside + stream
-    return _Block(outside, block.inside + rows)
-
-
-def _left(model: ModelConfig, layout: Layout, run: _Pass, *, is_sparse: bool) -> _Block:
-    """What recomputation leaves of a block."""
-    stream, moe = _width(model) * model.d_model, model.moe
-    if layout.recompute == "full":
-        return _Block(stream * run.tokens, 0.0)
-    if not is_sparse or moe is None:
-        return _Block(2 * stream * run.tokens, 0.0)
-    routing = (12 * moe.num_experts + 32 * moe.top_k) * run.tokens
-    return _Block(2 * stream * run.tokens + routing, stream * moe.top_k * (run.rows_at + run.tokens))
-
-
-def _norm(model: ModelConfig, *, device: str) -> float:
-    """Bytes per token beside the normed tokens themselves, which the next map keeps."""
-    width = _width(model)
-    if model.norm == "rmsnorm" and device == "cpu":
-        # there PyTorch builds it from parts: the input in fp32 and the scaled input in fp32
-        return model.d_model * 8.0
-    return model.d_model * width
-
-
-def _attention(model: ModelConfig, *, device: str) -> float:
-    """Bytes per token of a block's attention and both its norms."""
-    width, d_head = _width(model), model.d_head or model.d_model // model.num_heads
-    query, key = model.num_heads * d_head, (model.num_kv_heads or model.num_heads) * d_head
-    heads = query + 2 * key  # the output of the first map, which the values are a part of
-    turned = query + key if model.positions == "rope" else 0
-    # on a CPU, from turned heads, the answers come in an order that the next map takes as a copy
-    answers = query * (2 if device == "cpu" and turned else 1)
-    normed = 0.0
-    if model.qk_norm is not None:
-        # as for the other norms; in fp32 the input is the output of the first map, which is there anyway
-        normed = (query + key) * ((4.0 if width == 4 else 8.0) if device == "cpu" else float(width))
-        normed += 0 if turned else width * (query + key)
-    kept = model.d_model + heads + turned + answers
-    return 2 * _norm(model, device=device) + normed + width * kept + 4.0 * model.num_heads
-
-
-def _hidden(model: ModelConfig, width: int, activation: str) -> float:
-    """Elements per row: before the activation and after."""
-    return width * ((2 if activation in GATED else 1) + 1.0)
-
-
-def _moe_outside(model: ModelConfig) -> float:
-    """Bytes per token of an MoE block but for the rows at its experts: normed tokens, router, shared experts."""
-    moe, width = model.moe, _width(model)
-    assert moe is not None
-    # the scores are worked out in fp32, of an fp32 copy of the tokens; without one, of the tokens themselves
-    noise = 4.0 * model.d_model * (2 if model.dtype == "fp32" else 1) if resolve_router(moe).jitter else 0.0
-    router = 8.0 * moe.num_experts + 24.0 * moe.top_k + 16.0 + 4.0 * model.d_model + noise
-    if not moe.num_shared_experts:
-        return router
-    shared = moe.num_shared_experts * _hidden(model, moe.d_expert or model.d_ff, moe.activation or model.activation)
-    return router + width * (shared + (model.d_model if model.dtype == "bf16" else 0))
-
-
-def _moe_inside(model: ModelConfig, layout: Layout, run: _Pass) -> float:
-    """Bytes of the rows at the experts: what came, hidden units, and the answers that came back."""
-    moe, width = model.moe, _width(model)
-    assert moe is not None
-    d_expert, activation = moe.d_expert or model.d_ff, moe.activation or model.activation
-    hidden = _hidden(model, d_expert, activation)
-    if run.device == "cpu":
-        hidden -= d_expert  # there the activation is worked out again from what came before it
-    rows = run.rows_at * moe.top_k * width * (model.d_model + hidden)
-    return rows + run.tokens * moe.top_k * (width * model.d_model + (8.0 if layout.expert_parallel == 1 else 40.0))
