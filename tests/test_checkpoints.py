@@ -129,7 +129,9 @@ class TestTheDoctorTakesTheCertificateAgain:
         swap_two_experts(copy / "checkpoints/step_00000010")
         code, found = doctor(copy)
         assert (code, found["passed"]) == (1, False)
-        assert found["detail"].startswith("the probe loss is")
+        # so small a model says nearly the same, but sends its tokens elsewhere
+        assert "in MoE layer 1" in found["detail"]
+        assert "are not those that were saved" in found["detail"]
         code, found = doctor(copy, "--no-certificate")
         assert (code, found["passed"]) == (0, None)
 
@@ -147,7 +149,7 @@ class TestTheDoctorTakesTheCertificateAgain:
         change_manifest(newest, run=settings | {"data": settings["data"] | {"prepared": "elsewhere"}})
         code, found = doctor(newest)
         assert (code, found["passed"]) == (0, None)
-        assert found["detail"].startswith("it needs the data of the run: elsewhere")
+        assert found["detail"].startswith("it needs the data of the run: the prepared directory elsewhere does not exist")
 
 
 def test_a_checkpoint_knows_the_held_out_loss_of_its_step_alone(trained):
