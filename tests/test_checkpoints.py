@@ -149,7 +149,9 @@ class TestTheDoctorTakesTheCertificateAgain:
         change_manifest(newest, run=settings | {"data": settings["data"] | {"prepared": "elsewhere"}})
         code, found = doctor(newest)
         assert (code, found["passed"]) == (0, None)
-        assert found["detail"].startswith("it needs the data of the run: the prepared directory elsewhere does not exist")
+        assert found["detail"].startswith(
+            "it needs the data of the run: the prepared directory elsewhere does not exist"
+        )
 
 
 def test_a_checkpoint_knows_the_held_out_loss_of_its_step_alone(trained):

@@ -20,7 +20,7 @@ from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.model.build import build_model
 from moetrain.plan.flops import count_parameters
 from moetrain.report.screen import config_text
-from moetrain.train.engine import _parameter_groups, adopt_experts
+from moetrain.train.adopted.experts import adopt_experts, parameter_groups
 
 MODELS = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
@@ -83,7 +83,7 @@ def parameter_rows(model: ModelConfig) -> list[Row]:
     with torch.device("meta"):
         gpt = build_model(model)
     adopt_experts(gpt, expert_parallel=1)
-    groups = _parameter_groups(gpt, weight_decay=0.1, lr=1.0)
+    groups = parameter_groups(gpt, weight_decay=0.1, lr=1.0)
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     assert len(group_of) == len(list(gpt.parameters())), "every parameter is in a group"
     return [

@@ -32,6 +32,7 @@ def build_model(
     all_to_all: AllToAll | None = None,
     expert_V: Tensor | None = None,
     recompute: str = "none",
+    made: Callable[[str, nn.Module], None] = lambda name, part: None,
 ) -> GPT:
     """The model without values in its weights; ``initialize`` gives them.
 
@@ -41,6 +42,8 @@ def build_model(
         all_to_all: how these exchange tokens; None: each with each.
         expert_V: the table of the hash router (``assign.hash_table``); None for the others.
         recompute: what the backward pass works out anew (``model.recompute``).
+        made: called with the global name of each part that has weights and the part, one block after the other and then
+            what is around them, before the next one is built.
     """
     moe, how = model.moe, Recompute.of(recompute)
     blocks = []
@@ -68,7 +71,8 @@ def build_model(
         )
         norms = (_norm(model), _norm(model))
         blocks.append(Block(attention, feed_forward=feed_forward, norms=norms, recompute=how))
-    return GPT(
+        made(f"blocks.{index}", blocks[-1])
+    gpt = GPT(
         blocks,
         embedding=TokenEmbedding(model.vocab_size, model.d_model),
         positions=nn.Embedding(model.context, model.d_model) if model.positions == "learned" else None,
@@ -76,6 +80,10 @@ def build_model(
         norm=_norm(model),
         tie_embeddings=model.tie_embeddings,
     )
+    for name, part in gpt.named_children():
+        if part is not gpt.blocks:
+            made(name, part)
+    return gpt
 
 
 def expert_table(model: ModelConfig, *, seed: int, frequency: Callable[[], Tensor]) -> Tensor | None:
@@ -103,8 +111,18 @@ def initialize(gpt: GPT, *, init_std: float, seed: int) -> None:
     sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section 2.3). Norms start at 1, biases at 0. Each expert is drawn
     by its global id: building them in a row would give other weights on another layout.
     """
-    residual_std = init_std / math.sqrt(2 * len(gpt.blocks))
-    for module_name, module in gpt.named_modules():
+    initialize_part("", gpt, num_layers=len(gpt.blocks), init_std=init_std, seed=seed)
+
+
+@torch.no_grad()
+def initialize_part(part_name: str, part: nn.Module, *, num_layers: int, init_std: float, seed: int) -> None:
+    """The same for one part of a model (``build_model``'s ``made``): what it is called there is all it depends on.
+
+    Args:
+        part_name: its global name; empty for the whole model.
+    """
+    residual_std = init_std / math.sqrt(2 * num_layers)
+    for module_name, module in part.named_modules(prefix=part_name):
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             std = residual_std if module_name.endswith((".out", ".w_out")) or name == "w_out" else init_std

@@ -1,8 +1,6 @@
-"""DeepSpeed behind a few methods. The only place of the training path that imports it.
+"""DeepSpeed behind a few methods: with ``adopted``, the only place of the training path that imports it.
 
-DeepSpeed finds expert weights by the class of the module that holds them and by marks on the parameters; both are put
-on here, from outside, so that the layers know nothing of it (``adopt_experts``). Its configuration is
-``config.deepspeed``.
+Its configuration is ``config.deepspeed``.
 """
 
 from __future__ import annotations
@@ -16,11 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.checkpoint.state import Fragment
-from moetrain.model.gpt import Block
 from moetrain.model.objective import Losses, MicroBatch, Objective
-from moetrain.moe.experts import Experts
-from moetrain.moe.layer import MoELayer
 from moetrain.parallel.groups import Groups
+from moetrain.train.adopted.experts import (
+    adopt_experts,
+    check_groups,
+    freeze,
+    import_deepspeed,
+    is_expert,
+    parameter_groups,
+    shape_of,
+)
+from moetrain.train.adopted.stage3 import even_shares, keep_routers_whole, leave_out_of_hooks, spread_masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,7 +34,7 @@ class Engine:
     """Forward, backward and optimizer step of one rank.
 
     Args:
-        objective: the model with its loss, on this rank's device.
+        objective: the model with its loss, on this rank's device; at ZeRO 3 it may be cut already (``stage3.cut``).
         groups: this rank's process groups.
         config: from ``config.deepspeed.deepspeed_config``.
         optimizer: keyword arguments of AdamW: lr, betas, eps, weight_decay.
@@ -48,7 +53,7 @@ class Engine:
         clip: float,
         rates: Mapping[str, float] | None = None,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self._groups, self._clip = groups, clip
         self._stage: int = config["zero_optimization"]["stage"]
         self.gpt = objective.gpt
@@ -57,19 +62,19 @@ class Engine:
         self._names = {parameter: name for name, parameter in self.gpt.named_parameters()}
         adopt_experts(self.gpt, expert_parallel=groups.topology.expert_parallel)
         if self._stage == 3:
-            _leave_out_of_hooks(self.gpt)
+            leave_out_of_hooks(self.gpt)
         rates = dict(rates or {})
-        _freeze(self.gpt, rates)
-        adamw = torch.optim.AdamW(_parameter_groups(self.gpt, rates=rates, **optimizer), fused=True)
+        freeze(self.gpt, rates)
+        adamw = torch.optim.AdamW(parameter_groups(self.gpt, rates=rates, **optimizer), fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=_Root(objective), optimizer=adamw, config=config, dist_init_required=False
         )
         self._adamw = adamw
         self._entered = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
         self._depth = len(self._entered)
-        _check_groups(self.gpt, groups)
+        check_groups(self.gpt, groups)
         if self._stage == 3:
-            _keep_routers_whole(self.gpt)
+            keep_routers_whole(self.gpt)
         _start_moments(adamw, self._flats())
 
     def forward_backward(self, batch: MicroBatch, *, keep: Callable[[Losses], bool] | None = None) -> Losses:
@@ -128,8 +133,8 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of master weights and moments, as views (see ``checkpoint.state``)."""
         for parameter, flat, start, offset, numel in self._shares():
-            name, numel_here = self._names[parameter], _numel(parameter)
-            ranks = self._groups.topology.expert_parallel if _is_expert(parameter) else 1
+            name, numel_here = self._names[parameter], shape_of(parameter).numel()
+            ranks = self._groups.topology.expert_parallel if is_expert(parameter) else 1
             base = self._groups.topology.expert_rank * numel_here if ranks > 1 else 0
             state = self._adamw.state[flat]
             for kind, tensor in (("fp32", flat.data), *((moment, state[moment]) for moment in MOMENTS)):
@@ -148,7 +153,7 @@ class Engine:
         for state in self._adamw.state.values():
             state["step"] = torch.tensor(float(updates), device=state["exp_avg"].device)
         if self._stage == 3:
-            _spread_masters(self._engine.optimizer)
+            spread_masters(self._engine.optimizer)
         elif self._stage > 0:
             self._engine.optimizer.update_lp_params()
 
@@ -170,7 +175,7 @@ class Engine:
                 yield parameter, parameter, 0, 0, parameter.numel()
             return
         if self._stage == 3:
-            yield from _even_shares(self._engine.optimizer)
+            yield from even_shares(self._engine.optimizer)
             return
         optimizer = self._engine.optimizer
         groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
@@ -183,9 +188,9 @@ class Engine:
 
     @torch.no_grad()
     def _clip_ourselves(self) -> float:
-        grads = [parameter.grad for parameter in self._names if not _is_expert(parameter)]
+        grads = [parameter.grad for parameter in self._names if not is_expert(parameter)]
         squared = torch.stack([grad.float().square().sum() for grad in grads if grad is not None]).sum()
-        experts = [parameter for parameter in self._names if _is_expert(parameter)]
+        experts = [parameter for parameter in self._names if is_expert(parameter)]
         if experts:
             own = torch.stack([p.grad.float().square().sum() for p in experts if p.grad is not None]).sum()
             if self._groups.expert is not None:
@@ -219,80 +224,6 @@ class _Root(nn.Module):
         return losses.total, losses
 
 
-def adopt_experts(gpt: nn.Module, *, expert_parallel: int) -> None:
-    """Let DeepSpeed see the expert weights, and only them, as experts.
-
-    Its engine looks for instances of one of its own two MoE classes to decide which gradients to average over which
-    ranks, and for marks on the parameters. A module with the marks alone crashes it at ZeRO 0 to 2 and trains wrongly,
-    without a word, at ZeRO 3. So the class of our experts module becomes a subclass of both: its forward stays ours,
-    its parameters keep their names, and the layer above does not change.
-    """
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-    from deepspeed.utils import groups
-
-    group_name = f"ep_size_{expert_parallel}"
-
-    class AdoptedExperts(Experts, AutoEPMoELayer):
-        def set_deepspeed_parallelism(
-            self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
-        ) -> None:
-            if group_name not in groups._get_expert_parallel_group_dict():
-                groups._create_expert_and_data_parallel(expert_parallel)
-
-    for module in gpt.modules():
-        if isinstance(module, MoELayer):
-            for parameter in module.router.parameters():
-                parameter.ds_zero_placement_family = "replicated"
-        if type(module) is Experts:
-            module.__class__ = AdoptedExperts
-            module.num_experts = len(module.global_ids) * expert_parallel
-            module.num_local_experts = len(module.global_ids)
-            module.ep_size = expert_parallel
-            for parameter in module.parameters():
-                parameter.allreduce = False
-                parameter.group_name = group_name
-                parameter.ds_zero_placement_family = "autoep_expert"
-                parameter.ds_zero_partition_group_name = group_name
-
-
-def _is_expert(parameter: nn.Parameter) -> bool:
-    return not getattr(parameter, "allreduce", True)
-
-
-def part_of(name: str) -> str:
-    """router, experts or dense, by the global name of a parameter."""
-    return next((part for part in ("router", "experts") if f".{part}." in name), "dense")
-
-
-def _freeze(gpt: nn.Module, rates: Mapping[str, float]) -> None:
-    """Gradients of 0 rather than none: the engine waits for every gradient, and a checkpoint holds every weight."""
-    for name, parameter in gpt.named_parameters():
-        if rates.get(part_of(name), 1.0) == 0:
-            parameter.register_hook(torch.zeros_like)
-
-
-def _parameter_groups(
-    gpt: nn.Module, *, weight_decay: float, rates: Mapping[str, float] | None = None, **adamw: Any
-) -> list[dict[str, Any]]:
-    """Decayed matrices, undecayed vectors and positions, and the experts by themselves, as DeepSpeed wants them; each
-    cut further where parts of the model have rates of their own."""
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
-    sorted_out: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in gpt.named_parameters():
-        is_decayed = parameter.dim() > 1 and not name.startswith("positions.")
-        rate = (rates or {}).get(part_of(name), 1.0)
-        sorted_out.setdefault((is_decayed, rate), []).append(parameter)
-    groups = [
-        # the names must differ, and are those of old where there is one rate alone
-        {"params": parameters, "name": ("decayed" if is_decayed else "not_decayed") + ("" if rate == 1 else f" {rate}"),
-         "weight_decay": weight_decay if is_decayed and rate else 0.0, "rate": rate, **adamw}
-        for (is_decayed, rate), parameters in sorted(sorted_out.items(), reverse=True, key=lambda each: each[0])
-    ]  # fmt: skip
-    split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(groups)
-    return [group for group in split if group["params"]]
-
-
 def _start_moments(adamw: torch.optim.AdamW, flats: list[Tensor]) -> None:
     """Give all that is stepped on its Adam state before the first step, so that a load has somewhere to put it."""
     for flat in flats:
@@ -300,91 +231,3 @@ def _start_moments(adamw: torch.optim.AdamW, flats: list[Tensor]) -> None:
         for moment in MOMENTS:
             state.setdefault(moment, torch.zeros_like(flat.data))
         state.setdefault("step", torch.zeros((), device=flat.device))
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    # at ZeRO 3 the parameter itself is empty between its uses
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _even_shares(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
-    """The shares of ZeRO 3: each parameter is cut evenly over its ranks, the last of them padded."""
-    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-        start = 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            offset = dist.get_rank(parameter.ds_process_group) * size
-            numel = min(size, parameter.ds_numel - offset)
-            if numel > 0:
-                yield parameter, flat, start, offset, numel
-            start += size
-
-
-def _spread_masters(optimizer: Any) -> None:
-    """ZeRO 3: bring what was loaded into the master weights to the weights that the model computes with."""
-    optimizer.checkpoint_event_prologue()
-    for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-        optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
-        optimizer._unflatten_partitioned_parameters(group)
-    optimizer.checkpoint_event_epilogue()
-
-
-class _NoHook:
-    """In the place of the function by which DeepSpeed learns that a module's backward is over."""
-
-    @staticmethod
-    def apply(tensor: Tensor) -> Tensor:
-        return tensor
-
-
-def _leave_out_of_hooks(gpt: nn.Module) -> None:
-    """ZeRO 3, before ``initialize``: modules whose answer is no tensor get no backward hooks.
-
-    DeepSpeed brackets the backward of a module with one hook on the tensors of its answer, which gathers its weights,
-    and one on its arguments, which lets them go. It does not find the tensors in our results (``Routing``,
-    ``MoEOutput``, ``BlockOutput``), and then asserts that the second is never without the first. These modules have no
-    weights of their own, save the routers (``_keep_routers_whole``).
-    """
-    for module in gpt.modules():
-        if isinstance(module, MoELayer):
-            module.post_bwd_fn = module.router.post_bwd_fn = _NoHook
-        elif isinstance(module, Block):
-            module.post_bwd_fn = _NoHook
-
-
-def _keep_routers_whole(gpt: nn.Module) -> None:
-    """ZeRO 3, after ``initialize``: the routers' weights, which are small, are let go at the optimizer step alone.
-
-    Without hooks nothing would gather them again for the backward pass.
-    """
-    for module in gpt.modules():
-        if isinstance(module, MoELayer):
-            for parameter in module.router.parameters():
-                parameter.is_external_param = True
-
-
-def _check_groups(gpt: nn.Module, ours: Groups) -> None:
-    """DeepSpeed averages gradients over its groups, our dispatch sends tokens over ours: the ranks must agree."""
-    from deepspeed.utils import groups
-
-    if not any(isinstance(module, Experts) for module in gpt.modules()):
-        return
-    name = f"ep_size_{ours.topology.expert_parallel}"
-    for group, expected in (
-        (groups._get_expert_parallel_group(name), ours.topology.expert_groups),
-        (groups._get_expert_data_parallel_group(name), ours.topology.expert_data_groups),
-    ):
-        ranks = dist.get_process_group_ranks(group)
-        assert ranks in expected, f"DeepSpeed has ranks {ranks}, we have {expected}"
-        assert ours.topology.rank in ranks
-
-
-def _import_deepspeed() -> Any:
-    import deepspeed
-    import deepspeed.ops
-
-    # On CPU the engine would compile a shared-memory collective at its first start (a minute, under a lock that a
-    # killed process leaves behind for ever). gloo serves as well here; tests/train/test_engine.py holds that this
-    # private switch still works.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moetrain.config.checks import in_steps, steps_in_run
 from moetrain.config.deepspeed import deepspeed_config
@@ -18,12 +18,13 @@ from moetrain.data.loader import NOT_COUNTED, Batches, HeldOutBatch
 from moetrain.data.packing import Packing
 from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.speed import Speed, peak_flops
-from moetrain.model.build import build_model, expert_table, initialize
+from moetrain.model.build import build_model, expert_table, initialize_part
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.host import resident_bytes
 from moetrain.parallel.topology import Topology
 from moetrain.plan.flops import flops_per_token
+from moetrain.train.adopted.stage3 import cut
 from moetrain.train.engine import Engine
 from moetrain.train.schedule import Schedule
 
@@ -58,26 +59,32 @@ def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Cal
     Args:
         frequency: tells how often each token id occurs in the training text, [V]; see ``expert_table``.
     """
-    moe, world_size = run.model.moe, groups.topology.world_size
-    gpt = build_model(
-        run.model,
-        local_experts=groups.topology.local_experts(moe.num_experts) if moe else None,
-        expert_group=groups.expert,
-        all_to_all=groups.all_to_all,
-        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
-        recompute=run.parallel.recompute,
-    )
-    initialize(gpt, init_std=run.model.init_std, seed=run.seed)
-    objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
+    moe, topology = run.model.moe, groups.topology
     config = deepspeed_config(
         micro_batch=sizes.micro_batch,
         accumulation=sizes.accumulation,
-        world_size=world_size,
+        world_size=topology.world_size,
         zero_stage=run.parallel.zero_stage,
         dtype=run.model.dtype,
         clip=run.optim.clip,
         offload_optimizer=run.parallel.offload_optimizer,
     )
+
+    def made(name: str, part: nn.Module) -> None:
+        initialize_part(name, part, num_layers=run.model.num_layers, init_std=run.model.init_std, seed=run.seed)
+        if run.parallel.zero_stage == 3:
+            cut(part, expert_parallel=topology.expert_parallel, config=config, device=groups.device)
+
+    gpt = build_model(
+        run.model,
+        local_experts=topology.local_experts(moe.num_experts) if moe else None,
+        expert_group=groups.expert,
+        all_to_all=groups.all_to_all,
+        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
+        recompute=run.parallel.recompute,
+        made=made,
+    )
+    objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
     optimizer = {
         "lr": run.optim.lr,
         "betas": (run.optim.beta1, run.optim.beta2),

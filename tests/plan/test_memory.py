@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig
-from moetrain.model.build import build_model, initialize
+from moetrain.model.build import build_model, initialize, initialize_part
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
 from moetrain.plan.flops import count_parameters
 from moetrain.plan.layout import Layout, offered
 from moetrain.plan.memory.device import PARTS, Memory, memory_of
+from moetrain.train.adopted.stage3 import cut
 from moetrain.train.engine import Engine
 
 ALONE = Layout(gpus=1)
@@ -229,3 +230,38 @@ def test_a_real_run_takes_the_memory_that_was_planned(ranks, monkeypatch) -> Non
         print(f"| {case} | {peak / 1e6:.0f} | {planned / 1e6:.0f} | {off[case]:+.1%} |")
     assert len(off) >= 6
     assert {case: value for case, value in off.items() if abs(value) > 0.10} == {}
+
+
+WIDE = ModelConfig(vocab_size=256, context=32, num_layers=8, d_model=256, num_heads=4, d_ff=1024,
+                   moe=MoEConfig(num_experts=8, top_k=2, d_expert=1024))  # fmt: skip
+
+
+def build(rank: int, in_parts: bool) -> list[float]:
+    """The most memory that a rank takes to build its share at ZeRO 3, and what is left of it, in whole models."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    config = deepspeed_config(micro_batch=1, accumulation=1, clip=1.0, world_size=2, zero_stage=3, dtype="fp32")
+
+    def made(name: str, part: torch.nn.Module) -> None:
+        initialize_part(name, part, num_layers=WIDE.num_layers, init_std=0.02, seed=1)
+        cut(part, expert_parallel=1, config=config, device=torch.device("cpu"))
+
+    made("", torch.nn.Linear(2, 2))  # what DeepSpeed imports and sets up is no part of a model
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
+        clear.write("5")
+    before = resident("VmRSS")
+    if in_parts:
+        gpt = build_model(WIDE, made=made)
+    else:
+        gpt = build_model(WIDE)
+        made("", gpt)
+    whole = 4 * count_parameters(WIDE).total
+    return [(resident(field) - before) / whole for field in ("VmHWM", "VmRSS")]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_at_zero_3_no_rank_ever_holds_the_whole_model(ranks) -> None:
+    (peak, left), (peak_of_all, left_of_all) = (ranks(2, build, in_parts)[0] for in_parts in (True, False))
+    assert left == pytest.approx(0.5, abs=0.05)
+    assert left_of_all == pytest.approx(0.5, abs=0.05)
+    assert peak_of_all > 1
+    assert peak < 0.5 + 3 / WIDE.num_layers

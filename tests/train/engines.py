@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig
-from moetrain.model.build import build_model, initialize
+from moetrain.model.build import build_model, initialize, initialize_part
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
+from moetrain.train.adopted.stage3 import cut
 from moetrain.train.engine import Engine
 
 MODEL = ModelConfig(vocab_size=128, context=16, d_model=32, num_layers=2, num_heads=4, d_ff=64, bias=True,
@@ -97,13 +98,19 @@ def make_engine(rank: int, layout: Layout):
     topology = Topology(world_size=world_size, rank=rank, expert_parallel=layout.expert_parallel,
                         processes_per_node=layout.node_size)  # fmt: skip
     groups = process_groups.make(topology, device=torch.device("cpu"), two_level=True)
-    gpt = build_model(MODELS[layout.model], local_experts=topology.local_experts(4), expert_group=groups.expert,
-                      all_to_all=groups.two_level, recompute=layout.recompute)  # fmt: skip
-    initialize(gpt, init_std=0.1, seed=1)
     config = deepspeed_config(micro_batch=ROWS // world_size // layout.accumulation, accumulation=layout.accumulation,
                               world_size=world_size, zero_stage=layout.stage, dtype=layout.dtype,
                               clip=layout.clip, offload_optimizer=layout.offload)  # fmt: skip
     config["zero_optimization"]["stage3_param_persistence_threshold"] = layout.kept_whole
+    model = MODELS[layout.model]
+
+    def made(name: str, part: torch.nn.Module) -> None:
+        initialize_part(name, part, num_layers=model.num_layers, init_std=0.1, seed=1)
+        if layout.stage == 3:
+            cut(part, expert_parallel=layout.expert_parallel, config=config, device=groups.device)
+
+    gpt = build_model(model, local_experts=topology.local_experts(4), expert_group=groups.expert,
+                      all_to_all=groups.two_level, recompute=layout.recompute, made=made)  # fmt: skip
     objective = Objective(gpt, loss_weights={"balance": 0.02, "z": 0.002})
     return Engine(objective, groups=groups, config=config, optimizer=OPTIMIZER, clip=layout.clip), groups
 

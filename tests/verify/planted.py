@@ -78,24 +78,28 @@ def norm_without_remote_experts(patch: pytest.MonkeyPatch, run: RunConfig) -> No
 
 def initialisation_by_local_index(patch: pytest.MonkeyPatch, run: RunConfig) -> None:
     """Every rank draws its experts as if they were the first ones."""
-    whole = setup.initialize
+    whole = setup.initialize_part
 
-    def faulty(gpt: Any, **settings: Any) -> None:
-        experts = [module for module in gpt.modules() if isinstance(module, Experts)]
+    def faulty(name: str, part: nn.Module, **settings: Any) -> None:
+        experts = [module for module in part.modules() if isinstance(module, Experts)]
         own = [module.global_ids for module in experts]
         for module in experts:
             module.global_ids = range(len(module.global_ids))
-        whole(gpt, **settings)
+        whole(name, part, **settings)
         for module, ids in zip(experts, own, strict=True):
             module.global_ids = ids
 
-    patch.setattr(setup, "initialize", faulty)
+    patch.setattr(setup, "initialize_part", faulty)
 
 
 def initialisation_by_world_size(patch: pytest.MonkeyPatch, run: RunConfig) -> None:
     """The same on every rank, and another on another number of them."""
-    whole = setup.initialize
-    patch.setattr(setup, "initialize", lambda gpt, *, init_std, seed: whole(gpt, init_std=init_std, seed=seed + RANKS))
+    whole = setup.initialize_part
+
+    def faulty(name: str, part: nn.Module, *, seed: int, **settings: Any) -> None:
+        whole(name, part, seed=seed + RANKS, **settings)
+
+    patch.setattr(setup, "initialize_part", faulty)
 
 
 def _on_gradients(patch: pytest.MonkeyPatch, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]) -> None:
