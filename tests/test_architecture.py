@@ -113,7 +113,7 @@ ONLY_IN = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},
     # a contestant in benchmarks, the engine everywhere else
-    "deepspeed": {"train.engine", "train.adopted.experts", "train.adopted.stage3", "bench.peers"},
+    "deepspeed": {"train.adopted.experts", "train.adopted.stage3", "bench.peers"},
     # held against our models
     "transformers": {"bench.peers", "hub.parity"},
     "wandb": {"metrics.log"},

@@ -1,7 +1,4 @@
-"""DeepSpeed behind a few methods: with ``adopted``, the only place of the training path that imports it.
-
-Its configuration is ``config.deepspeed``.
-"""
+"""DeepSpeed behind a few methods. Its configuration is ``config.deepspeed``, what it must be told of a model ``adopted``."""
 
 from __future__ import annotations
 
