@@ -1,4 +1,4 @@
-"""DeepSpeed behind a few methods. Its configuration is ``config.deepspeed``, what it must be told of a model ``adopted``."""
+"""DeepSpeed behind a few methods. Its settings are ``config.deepspeed``; what it must be told of a model, ``adopted``."""
 
 from __future__ import annotations
 
