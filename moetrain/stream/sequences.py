@@ -9,6 +9,7 @@ them, changes nothing.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ class StreamedSequences:
         seed: the order follows from it.
         together: how many samples are read at a time, over all ranks: every rank waits for what any of them needs, so
             that none waits in a collective for another that waits here, and all fail at the same step.
-        want: called with how many blocks training wants when that grows.
+        want: called with how many blocks training wants when that grows, by one thread at a time.
         say: called with a line for the user.
     """
 
@@ -46,6 +47,8 @@ class StreamedSequences:
         self._blocks, self._seed, self._together, self._want, self._say = blocks, seed, together, want, say
         self._wanted = self._whole = 0
         self._end: End | None = None
+        # a batch is read ahead in one thread while another digests the next one for a checkpoint
+        self._one_waits = threading.Lock()
 
     @property
     def sequence_length(self) -> int:
@@ -96,8 +99,12 @@ class StreamedSequences:
 
     def _wait_for(self, last: int) -> None:
         """Until the window of a sequence is whole, or the text at its end."""
-        if last < self._whole or self._end is not None:
-            return
+        if last >= self._whole and self._end is None:
+            with self._one_waits:
+                if last >= self._whole and self._end is None:
+                    self._await_window_of(last)
+
+    def _await_window_of(self, last: int) -> None:
         shape = self._blocks.shape
         window = shape.window_of(last)
         # and one more, to be made while this one is read
