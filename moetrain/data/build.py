@@ -250,18 +250,29 @@ class BatchView:
     end_of_text: int
 
 
-def view_batch(run: RunConfig, corpus: Corpus, *, step: int) -> BatchView:
-    """The very batch of a step.
-
-    Raises:
-        ConfigError: the run has no such step.
-        DataError: as ``make_batches``.
+def check_step(run: RunConfig, *, step: int) -> None:
+    """Raises:
+    ConfigError: the run has no such step.
     """
     if step >= _steps(run):
         raise ConfigError([f"step is {step:,}, but the run has {_steps(run):,}: use 0 to {_steps(run) - 1:,}"])
-    batches = make_batches(run, corpus)
+
+
+def view_batch(run: RunConfig, corpus: Corpus, *, step: int, streamed: Source | None = None) -> BatchView:
+    """The very batch of a step, one that the run has.
+
+    Args:
+        streamed: as ``make_batches``.
+
+    Raises:
+        DataError: as ``make_batches``.
+    """
+    batches = make_batches(run, corpus, streamed=streamed)
     rows, located = batches.at(step), batches.located(step)
-    per_epoch = np.array([source.per_epoch for source in _sequences(run, corpus).values()])
+    epoch = np.empty_like(located.index)
+    for number, source in enumerate(batches.sources):
+        of_it = located.source == number
+        epoch[of_it] = source.epochs(located.index[of_it]) if of_it.any() else 0
     return BatchView(
         step=step,
         steps=_steps(run),
@@ -271,7 +282,7 @@ def view_batch(run: RunConfig, corpus: Corpus, *, step: int) -> BatchView:
         counted=rows.counted,
         samples=step * run.batch.global_batch + np.arange(run.batch.global_batch),
         source=located.source,
-        epoch=located.index // per_epoch[located.source],
+        epoch=epoch,
         end_of_text=corpus.first.meta.end_of_text,
     )
 

@@ -70,20 +70,32 @@ class StreamedSequences:
         """Every token has a loss as a target, [N, S+1]."""
         return np.ones((len(index), self.sequence_length + 1), dtype=np.bool_)
 
+    def epochs(self, index: Ints) -> Ints:
+        """How often all sequences were read before the one that comes ``index``-th, [N]; waits until that is known."""
+        self._wait_for((int(index.max()) // self._together + 1) * self._together - 1)
+        return np.zeros_like(index) if self._end is None else index // self._end.sequences
+
     def places(self, index: Ints) -> Ints:
         """Which sequence of the text comes ``index``-th, [N]; waits until that is known."""
-        self._wait_for((int(index.max()) // self._together + 1) * self._together - 1)
-        total = None if self._end is None else self._end.sequences
-        epochs = np.zeros_like(index) if total is None else index // total
-        places = np.empty_like(index)
+        epochs, places = self.epochs(index), np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
             if epoch == 0:
                 places[now] = self._in_windows(index[now])
             else:
-                assert total is not None
+                assert self._end is not None
+                total = self._end.sequences
                 places[now] = permute(index[now] % total, size=total, seed=self._seed, epoch=epoch)
         return places
+
+    def num_there(self) -> int | None:
+        """How many can be read without waiting, from the first on; None: all, as the text is at its end."""
+        if self._blocks.end() is not None:
+            return None
+        shape, window = self._blocks.shape, 0
+        while self._blocks.is_full(shape.first_block(window + 1) - 1):
+            window += 1
+        return shape.first_block(window) * shape.sequences
 
     def _in_windows(self, index: Ints) -> Ints:
         shape, places = self._blocks.shape, np.empty_like(index)
@@ -125,8 +137,8 @@ class StreamedSequences:
             if not is_said and time.monotonic() - since > _SAY_AFTER:
                 is_said = True
                 self._say(
-                    "training waits for text to be tokenized: set prepare.workers higher, or let `moetrain prepare` do "
-                    "it beforehand"
+                    "waiting for text to be tokenized: set prepare.workers higher, or let `moetrain prepare` do it "
+                    "beforehand"
                 )
             time.sleep(_POLL_SECONDS)
 
