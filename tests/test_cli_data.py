@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,28 @@ def test_a_few_samples_and_a_picture(place, capsys):
     assert "7 more; samples=0 shows all" in out
     data = (place / "lengths.png").read_bytes()
     assert struct.unpack(">II", data[16:24]) == (1200, 600)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.counted.npy", "tokenizer.json"])
+def test_token_files_that_changed_are_found_before_they_are_read(place, capsys, name):
+    rows = [json.dumps({"prompt": f"What is {n}?", "response": f"It is {n}."}) for n in range(40)]
+    (place / "a.jsonl").write_text("\n".join(rows))
+    words = [*SMALL, "data.text=a.jsonl", "data.format=instruction", "data.prepared=here"]
+    shown(capsys, *words)
+    assert "touched" not in shown(capsys, *words)
+    time.sleep(0.01)
+    path = place / "here" / name
+    content = path.read_bytes()
+    path.write_bytes(content)
+    assert "here was touched since it was written: comparing it with its digests" in shown(capsys, *words)
+    assert "touched" not in shown(capsys, *words)
+    time.sleep(0.01)
+    path.write_bytes(
+        content.replace(b"<|endoftext|>", b"</s>") if "json" in name else content[:-1] + bytes([content[-1] ^ 1])
+    )
+    for _ in range(2):  # what was found once is not taken for compared
+        assert main(["data", "show", *words]) == 2
+        assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

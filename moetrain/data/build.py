@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,8 +50,11 @@ def write_counted(directory: Path, flags: dict[str, npt.NDArray[np.uint8]], *, t
     (directory / COUNTED).write_text(json.dumps({"sha256": digests, "template": template}, indent=2), encoding="utf-8")
 
 
-def open_counted(prepared: Prepared) -> Counted | None:
+def open_counted(prepared: Prepared, *, verify: bool = False) -> Counted | None:
     """What ``write_counted`` wrote; None: every token counts.
+
+    Args:
+        verify: compare it with its digests.
 
     Raises:
         DataError: it does not fit the tokens.
@@ -67,6 +70,9 @@ def open_counted(prepared: Prepared) -> Counted | None:
         raise DataError(f"{directory / COUNTED} or a file it names is damaged ({error}): prepare it again") from error
     if (len(train), len(held_out)) != (prepared.train.num_tokens, prepared.held_out.num_tokens):
         raise DataError(f"{directory}: the loss masks are not as long as the tokens: prepare it again")
+    for split, digest in digests.items():
+        if verify and file_sha256(path := directory / f"{split}.counted.npy") != digest:
+            raise DataError(f"{path} does not have the sha256 that {COUNTED} tells: prepare it again")
     return Counted(train=train, held_out=held_out, digests=digests)
 
 
@@ -163,8 +169,11 @@ def open_corpus(run: RunConfig, run_dir: Path) -> Corpus:
     return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(run.data).items()})
 
 
-def hold_together(parts: dict[str, Prepared]) -> Corpus:
+def hold_together(parts: dict[str, Prepared], *, verify: Collection[str] = ()) -> Corpus:
     """Make one corpus of prepared sources.
+
+    Args:
+        verify: those whose loss masks are compared with their digests.
 
     Raises:
         DataError: one has another tokenizer than the first.
@@ -176,7 +185,7 @@ def hold_together(parts: dict[str, Prepared]) -> Corpus:
                 f"the source {name} ({part.directory}) was prepared with another tokenizer than {first} "
                 f"({its.directory}), and a model knows one: prepare it again with data.tokenizer={its.tokenizer_path}"
             )
-    return Corpus(parts, {name: open_counted(part) for name, part in parts.items()})
+    return Corpus(parts, {name: open_counted(part, verify=name in verify) for name, part in parts.items()})
 
 
 def make_batches(run: RunConfig, corpus: Corpus, *, streamed: Source | None = None) -> Batches:

@@ -64,7 +64,7 @@ def instruction_directory(
 
 def prepare_instructions(
     directory: Path, *, text: Sequence[str], template: Mapping[str, str] | None, held_out: float, vocab_size: int,
-    tokenizer: str | None, progress: Progress,
+    tokenizer: str | None, progress: Progress, verify: bool = False,
 ) -> Prepared:  # fmt: skip
     """Make the token files of conversations, unless they are there.
 
@@ -76,6 +76,7 @@ def prepare_instructions(
         vocab_size: rows of the model's embedding.
         tokenizer: see ``tokenization.formats.read_tokenizer``; None: one is trained on the conversations.
         progress: called with a stage, bytes done and bytes in all.
+        verify: compare the files with their digests, but for the loss masks (``data.build.open_counted``).
 
     Raises:
         DataError: a row is no conversation, the tokenizer does not fit, or there are too few conversations.
@@ -92,7 +93,7 @@ def prepare_instructions(
             os.rename(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    prepared = open_prepared(directory)
+    prepared = open_prepared(directory, verify=verify)
     check_fits(prepared.vocab_size, what=f"the prepared directory {directory}", vocab_size=vocab_size)
     return prepared
 

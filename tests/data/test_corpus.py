@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from moetrain.data.corpus import (
     RoundTrip,
     Source,
     SplitWriter,
+    mark_compared,
     open_prepared,
+    was_touched,
     write_meta,
 )
 from moetrain.data.tokenizer import fingerprint, train_tokenizer
@@ -182,6 +185,17 @@ def test_one_changed_bit_is_found_when_verifying_and_only_then(name, tmp_path):
     open_prepared(tmp_path / "p")
     with pytest.raises(DataError, match=f"{name} does not have the sha256"):
         open_prepared(tmp_path / "p", verify=True)
+
+
+def test_a_directory_is_touched_when_a_file_changes_until_it_is_compared(tmp_path):
+    directory = write_directory(tmp_path / "p")
+    assert not was_touched(tmp_path / "none")
+    assert not was_touched(directory)
+    time.sleep(0.01)  # file systems tell times apart by their kernel's tick
+    shutil.copystat(directory / "meta.json", directory / "train.bin")  # as a program that sets the times back
+    assert was_touched(directory)
+    mark_compared(directory)
+    assert not was_touched(directory)
 
 
 def test_another_tokenizer_is_found_when_verifying(tmp_path):
