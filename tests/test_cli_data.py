@@ -123,7 +123,7 @@ def test_a_stream_is_tokenized_as_far_as_the_step_reads(place, capsys, caplog):
     assert told is not None
     epochs = [sample // int(told[1]) for sample in range(24, 32)]
     assert epochs[0] < epochs[-1], "the text ends within the step"
-    assert list(map(int, re.findall(r"\nsample [0-9]+  sotu, epoch ([0-9]+), ", out))) == epochs
+    assert list(map(int, re.findall(r"\nsample [0-9]+  a, epoch ([0-9]+), ", out))) == epochs
     assert not [path for path in place.iterdir() if path.is_dir()], "nothing stays of it"
 
 

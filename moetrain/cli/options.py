@@ -142,13 +142,14 @@ def opening_of(run: RunConfig, run_dir: Path, *, is_begun: bool) -> Corpus:
     Args:
         is_begun: whether it has checkpoints.
     """
+    from moetrain.config.data import label_of
     from moetrain.data.build import Corpus
     from moetrain.metrics.console import StageBars
     from moetrain.stream.opening import open_stream
 
     with StageBars("stream") as bars:
         opening = open_stream(run, run_dir, is_begun=is_begun, progress=bars)
-    return Corpus({run.data.name: opening}, is_streamed=True)
+    return Corpus({label_of(run.data): opening}, is_streamed=True)
 
 
 def _fitting(processes: int, *, batch: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrain.config.checks import steps_in_run
-from moetrain.config.data import DataConfig, SourceConfig, sources_of
+from moetrain.config.data import DataConfig, SourceConfig, label_of, sources_of
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, file_sha256, open_prepared
 from moetrain.data.loader import Batches, HeldOutText, Sequences, Source
@@ -165,7 +165,7 @@ def open_corpus(run: RunConfig, run_dir: Path) -> Corpus:
         DataError: one cannot be opened, or has another tokenizer than the first.
     """
     if run.data.stream:
-        return Corpus({run.data.name: open_prepared(run_dir / OPENING)}, is_streamed=True)
+        return Corpus({label_of(run.data): open_prepared(run_dir / OPENING)}, is_streamed=True)
     return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(run.data).items()})
 
 
