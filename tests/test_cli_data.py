@@ -95,6 +95,7 @@ def test_token_files_that_changed_are_found_before_they_are_read(place, capsys, 
         (["show", "step=x"], "step is 'x', but must be a whole number from 0"),
         (["show", "step=700", *SMALL, "data.text=a.jsonl"], "step is 700, but the run has 700: use 0 to 699"),
         (["show", "--picture"], "--picture is not an option"),
+        (["show", "run_dir=none"], "run_dir is none, but there is no run in it"),
         (["show", "data.fill_in_middle=0.5", *SMALL, "data.text=a.jsonl"], "has no tokens that mark the parts"),
     ],
 )

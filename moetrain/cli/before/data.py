@@ -68,9 +68,11 @@ def data(words: Sequence[str]) -> int:
     from moetrain.report import batch
 
     key, _, place = rest[0].partition("=") if len(rest) == 1 else ("", "", "")
-    is_there = key == "run_dir" and (Path(place) / RUN_FILE).is_file()
-    run = read_run(Path(place)) if is_there else settings(Options.read(rest))[0]
-    seen = _see(run, Path(place) if is_there else None, step=int(own["step"]))
+    run_dir = Path(place) if key == "run_dir" else None
+    if run_dir is not None and not (run_dir / RUN_FILE).is_file():
+        raise ConfigError([f"run_dir is {place}, but there is no run in it: name the directory of one"])
+    run = settings(Options.read(rest))[0] if run_dir is None else read_run(run_dir)
+    seen = _see(run, run_dir, step=int(own["step"]))
     batch.show(seen.view, decode=seen.decode, samples=int(own["samples"]))
     if own["picture"]:
         batch.draw_lengths(seen.view, Path(str(own["picture"])))
