@@ -117,10 +117,10 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
             parts[name] = open_prepared(directory, verify=compares(name, directory))
         else:
             what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
-                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer}  # fmt: skip
+                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer,
+                                    "options": chosen}  # fmt: skip
             is_instruction = source.format == "instruction"
-            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column,
-                                                                            "options": chosen}  # fmt: skip
+            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
             place = instruction_directory if is_instruction else named
             directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
             what["verify"] = compares(name, directory)

@@ -45,7 +45,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file that the text came from."""
 
     name: str
@@ -83,7 +83,7 @@ class Meta:
     empty_documents: int  # passed over
     train: Split
     held_out: Split
-    sources: tuple[Source, ...]
+    sources: tuple[SourceFile, ...]
     baselines: Baselines
     dropped: dict[str, int] = field(default_factory=dict)  # left out as too short, too long, or duplicates
     round_trip: RoundTrip = RoundTrip(tried=0, same=0)
@@ -188,7 +188,7 @@ def read_meta(directory: Path) -> Meta:
         return Meta(
             **values
             | {split: Split(**values[split]) for split in SPLITS}
-            | {"sources": tuple(Source(**source) for source in values["sources"])}
+            | {"sources": tuple(SourceFile(**source) for source in values["sources"])}
             | {"baselines": Baselines(**values["baselines"]), "round_trip": RoundTrip(**values["round_trip"])}
         )
     except (TypeError, KeyError) as error:

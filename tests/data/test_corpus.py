@@ -18,7 +18,7 @@ from moetrain.data.corpus import (
     Baselines,
     Meta,
     RoundTrip,
-    Source,
+    SourceFile,
     SplitWriter,
     mark_compared,
     open_prepared,
@@ -54,7 +54,7 @@ def write_directory(
         round_trip=RoundTrip(tried=3, same=2),
         train=splits["train"],
         held_out=splits["held_out"],
-        sources=(Source(name="a.txt", size=1, sha256="0"),),
+        sources=(SourceFile(name="a.txt", size=1, sha256="0"),),
         baselines=Baselines(xz=2.0, trigram=3.0, train_bytes=1, held_out_bytes=1, truncated=False),
     )
     write_meta(directory, meta=meta)
@@ -71,7 +71,7 @@ def test_what_was_written_is_what_opens(tmp_path):
     assert documents_of(prepared.held_out.tokens, prepared.held_out.documents) == HELD_OUT
     assert (prepared.train.num_tokens, prepared.train.num_documents, prepared.train.num_bytes) == (11, 3, 110)
     assert (prepared.vocab_size, prepared.meta.empty_documents) == (300, 4)
-    assert prepared.meta.sources == (Source(name="a.txt", size=1, sha256="0"),)
+    assert prepared.meta.sources == (SourceFile(name="a.txt", size=1, sha256="0"),)
     assert prepared.tokenizer_path.is_file()
 
 
