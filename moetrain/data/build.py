@@ -315,7 +315,8 @@ def _fill_in_middle(run: RunConfig, corpus: Corpus) -> FillInMiddle | None:
             )
     raise DataError(
         f"data.fill_in_middle is {run.data.fill_in_middle}, but {corpus.first.tokenizer_path} has no tokens that mark "
-        f"the parts: bring a tokenizer (data.tokenizer) with {' '.join(MARKS[0])}, or set it to 0"
+        f"the parts, such as {' '.join(MARKS[0])}: bring one with them (data.tokenizer), name them in "
+        "prepare.special_tokens, or set it to 0"
     )
 
 

@@ -152,6 +152,11 @@ def test_a_position_comes_back_only_with_all_the_blocks_before_it(tmp_path):
     found, ids = blocks.read_position()
     assert found == position
     assert (ids == waiting).all()
+    path = blocks.directory / "position"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert blocks.read_position()[0] == Position(), "the ids that wait were damaged"
+    path.write_bytes(content)
     blocks.path(1).unlink()
     assert blocks.read_position()[0] == Position()
 
