@@ -284,7 +284,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(place):
 
 
 def test_token_files_of_another_vocabulary_are_refused(place, unbroken):
-    prepared = next((place / "prepared").glob("sotu-*"))
+    prepared = next((place / "prepared").glob("corpus-*"))
     done = run(place, "mismatch", "model.vocab_size=300", f"data.prepared={prepared}")
     assert done.returncode == 2
     assert "model.vocab_size" in done.stderr

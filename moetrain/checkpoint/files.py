@@ -65,12 +65,13 @@ class _DigestedStream(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.size, self.sha256 = 0, hashlib.sha256()
-        self._file = _open_direct(path)
         self._blocks = [mmap.mmap(-1, _BLOCK) for _ in range(3)]
         self._arrays = [np.frombuffer(block, dtype=np.uint8) for block in self._blocks]
         self._busy: list[list[Future[Any]]] = [[] for _ in self._blocks]
         self._current, self._filled = 0, 0
         self._writer, self._digester = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "digest")
+        # last: where there is no memory for the blocks, nobody would close it
+        self._file = _open_direct(path)
 
     def write(self, data: Any) -> int:
         rest = np.frombuffer(data, dtype=np.uint8)

@@ -79,7 +79,11 @@ def named_cluster(name: str, *, overrides: Sequence[str] = (), config_dir: Path 
 
 
 def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
-    """The token files of each source of a run, made now if they are not there, else compared with their digests."""
+    """The token files of each source of a run, made now if they are not there.
+
+    Args:
+        verify: compare those that are there with their digests; else only those touched since they were written.
+    """
     if run.data.stream:
         raise ConfigError(
             ["data.stream is true, but this needs token files, and a stream makes its tokens while it is trained on: "
@@ -87,7 +91,7 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
         )  # fmt: skip
     from moetrain.config.data import sources_of
     from moetrain.data.build import hold_together
-    from moetrain.data.corpus import Prepared, open_prepared
+    from moetrain.data.corpus import Prepared, mark_compared, open_prepared, was_touched
     from moetrain.instruct.build import instruction_directory, prepare_instructions
     from moetrain.metrics.console import StageBars
     from moetrain.prepare.build import Options as Chosen
@@ -96,25 +100,40 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
 
     chosen = Chosen(**asdict(run.prepare) | {"special_tokens": tuple(run.prepare.special_tokens)})
     parts: dict[str, Prepared] = {}
+    compared: list[str] = []
+
+    def compares(name: str, directory: Path) -> bool:
+        touched = was_touched(directory)
+        if touched and not verify:
+            print(f"{directory} was touched since it was written: comparing it with its digests", flush=True)
+        if touched or verify:
+            compared.append(name)
+        return touched or verify
+
     tokenizer = run.data.tokenizer
     for name, source in sources_of(run.data).items():
         if source.text is None:
-            parts[name] = open_prepared(Path(str(source.prepared)), verify=verify)
+            directory = Path(str(source.prepared))
+            parts[name] = open_prepared(directory, verify=compares(name, directory))
         else:
             what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
-                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer}  # fmt: skip
+                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer,
+                                    "options": chosen}  # fmt: skip
             is_instruction = source.format == "instruction"
-            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column,
-                                                                            "options": chosen}  # fmt: skip
+            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
             place = instruction_directory if is_instruction else named
             directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
+            what["verify"] = compares(name, directory)
             with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
                 if is_instruction:
                     parts[name] = prepare_instructions(directory, progress=bars, **what)
                 else:
-                    parts[name] = prepare(directory, progress=bars, say=bars.say, verify=verify, **what)
+                    parts[name] = prepare(directory, progress=bars, say=bars.say, **what)
         tokenizer = tokenizer or str(parts[name].tokenizer_path)
-    return hold_together(parts)
+    corpus = hold_together(parts, verify=compared)
+    for name in compared:
+        mark_compared(parts[name].directory)
+    return corpus
 
 
 def opening_of(run: RunConfig, run_dir: Path, *, is_begun: bool) -> Corpus:
@@ -123,13 +142,14 @@ def opening_of(run: RunConfig, run_dir: Path, *, is_begun: bool) -> Corpus:
     Args:
         is_begun: whether it has checkpoints.
     """
+    from moetrain.config.data import label_of
     from moetrain.data.build import Corpus
     from moetrain.metrics.console import StageBars
     from moetrain.stream.opening import open_stream
 
     with StageBars("stream") as bars:
         opening = open_stream(run, run_dir, is_begun=is_begun, progress=bars)
-    return Corpus({run.data.name: opening}, is_streamed=True)
+    return Corpus({label_of(run.data): opening}, is_streamed=True)
 
 
 def _fitting(processes: int, *, batch: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moetrain.config.data import broken_rules as broken_data_rules
+from moetrain.config.data import label_of
 from moetrain.config.launch.rules import broken_rules as broken_launch_rules
 from moetrain.config.launch.settings import KINDS, MANIFESTS, RUNNERS
 from moetrain.config.routers import ROUTERS, broken_rules, resolve_router
@@ -86,12 +87,11 @@ def resolve(run: RunConfig, *, default_processes: int) -> RunConfig:
     expert_parallel = run.parallel.expert_parallel
     if expert_parallel is None:
         expert_parallel = 1 if run.model.moe is None else math.gcd(processes, run.model.moe.num_experts)
-    model = run.model
-    if model.moe is not None:
-        model = replace(model, moe=resolve_router(model.moe))
+    model = run.model if run.model.moe is None else replace(run.model, moe=resolve_router(run.model.moe))
     return replace(
         run,
         model=model,
+        data=replace(run.data, name=label_of(run.data)),
         run_dir=f"runs/{run.name}" if run.run_dir is None else run.run_dir,
         batch=replace(run.batch, micro_batch=micro_batch, sequence_length=length),
         launch=launch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -45,8 +46,8 @@ class StageConfig:
 class DataConfig:
     """From text to the tokens of each step."""
 
-    name: str = "sotu"
-    """A label for the corpus, used in the name of the prepared directory."""
+    name: str | None = None
+    """A label for the corpus, used in the name of the prepared directory. null: that of the first of text."""
     text: list[str] = field(default_factory=lambda: ["builtin:sotu"])
     """Files, directories or globs of .txt, .jsonl, .json, .csv (also .gz, .xz, .zst), .parquet or Megatron's .idx;
     hf:NAME[/CONFIG][@SPLIT] is a dataset of the hub, builtin:sotu ships with moetrain."""
@@ -117,8 +118,19 @@ def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
     """Every source by its name, with all that it takes from ``data``; one source where none are named."""
     if data.sources is None:
         only = SourceConfig(text=data.text, prepared=data.prepared)
-        return {data.name: _filled(only, data)}
+        return {label_of(data): _filled(only, data)}
     return {name: _filled(source, data) for name, source in data.sources.items()}
+
+
+def label_of(data: DataConfig) -> str:
+    """What the corpus is called where it is the only source: as the first file, directory or dataset of its text."""
+    if data.name is not None:
+        return data.name
+    address = (data.text or [""])[0].removeprefix("builtin:").removeprefix("hf:").partition("@")[0]
+    words = [
+        re.sub(r"[^\w-]+", "-", part.partition(".")[0]) for part in address.split("/") if not set(part) & set("*?[")
+    ]
+    return next(filter(None, reversed(words)), "text")
 
 
 def _filled(source: SourceConfig, data: DataConfig) -> SourceConfig:
@@ -134,7 +146,7 @@ def _filled(source: SourceConfig, data: DataConfig) -> SourceConfig:
 def with_prepared(data: DataConfig, directories: dict[str, str]) -> DataConfig:
     """The settings with the directory of each source's token files."""
     if data.sources is None:
-        return replace(data, prepared=directories[data.name])
+        return replace(data, prepared=directories[label_of(data)])
     placed = {name: replace(source, prepared=directories[name]) for name, source in data.sources.items()}
     return replace(data, sources=placed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrain.config.checks import steps_in_run
-from moetrain.config.data import DataConfig, SourceConfig, sources_of
+from moetrain.config.data import DataConfig, SourceConfig, label_of, sources_of
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import Prepared, file_sha256, open_prepared
 from moetrain.data.loader import Batches, HeldOutText, Sequences, Source
@@ -50,8 +50,11 @@ def write_counted(directory: Path, flags: dict[str, npt.NDArray[np.uint8]], *, t
     (directory / COUNTED).write_text(json.dumps({"sha256": digests, "template": template}, indent=2), encoding="utf-8")
 
 
-def open_counted(prepared: Prepared) -> Counted | None:
+def open_counted(prepared: Prepared, *, verify: bool = False) -> Counted | None:
     """What ``write_counted`` wrote; None: every token counts.
+
+    Args:
+        verify: compare it with its digests.
 
     Raises:
         DataError: it does not fit the tokens.
@@ -67,6 +70,9 @@ def open_counted(prepared: Prepared) -> Counted | None:
         raise DataError(f"{directory / COUNTED} or a file it names is damaged ({error}): prepare it again") from error
     if (len(train), len(held_out)) != (prepared.train.num_tokens, prepared.held_out.num_tokens):
         raise DataError(f"{directory}: the loss masks are not as long as the tokens: prepare it again")
+    for split, digest in digests.items():
+        if verify and file_sha256(path := directory / f"{split}.counted.npy") != digest:
+            raise DataError(f"{path} does not have the sha256 that {COUNTED} tells: prepare it again")
     return Counted(train=train, held_out=held_out, digests=digests)
 
 
@@ -159,12 +165,15 @@ def open_corpus(run: RunConfig, run_dir: Path) -> Corpus:
         DataError: one cannot be opened, or has another tokenizer than the first.
     """
     if run.data.stream:
-        return Corpus({run.data.name: open_prepared(run_dir / OPENING)}, is_streamed=True)
+        return Corpus({label_of(run.data): open_prepared(run_dir / OPENING)}, is_streamed=True)
     return hold_together({name: open_prepared(Path(str(each.prepared))) for name, each in sources_of(run.data).items()})
 
 
-def hold_together(parts: dict[str, Prepared]) -> Corpus:
+def hold_together(parts: dict[str, Prepared], *, verify: Collection[str] = ()) -> Corpus:
     """Make one corpus of prepared sources.
+
+    Args:
+        verify: those whose loss masks are compared with their digests.
 
     Raises:
         DataError: one has another tokenizer than the first.
@@ -176,7 +185,7 @@ def hold_together(parts: dict[str, Prepared]) -> Corpus:
                 f"the source {name} ({part.directory}) was prepared with another tokenizer than {first} "
                 f"({its.directory}), and a model knows one: prepare it again with data.tokenizer={its.tokenizer_path}"
             )
-    return Corpus(parts, {name: open_counted(part) for name, part in parts.items()})
+    return Corpus(parts, {name: open_counted(part, verify=name in verify) for name, part in parts.items()})
 
 
 def make_batches(run: RunConfig, corpus: Corpus, *, streamed: Source | None = None) -> Batches:
@@ -250,18 +259,29 @@ class BatchView:
     end_of_text: int
 
 
-def view_batch(run: RunConfig, corpus: Corpus, *, step: int) -> BatchView:
-    """The very batch of a step.
-
-    Raises:
-        ConfigError: the run has no such step.
-        DataError: as ``make_batches``.
+def check_step(run: RunConfig, *, step: int) -> None:
+    """Raises:
+    ConfigError: the run has no such step.
     """
     if step >= _steps(run):
         raise ConfigError([f"step is {step:,}, but the run has {_steps(run):,}: use 0 to {_steps(run) - 1:,}"])
-    batches = make_batches(run, corpus)
+
+
+def view_batch(run: RunConfig, corpus: Corpus, *, step: int, streamed: Source | None = None) -> BatchView:
+    """The very batch of a step, one that the run has.
+
+    Args:
+        streamed: as ``make_batches``.
+
+    Raises:
+        DataError: as ``make_batches``.
+    """
+    batches = make_batches(run, corpus, streamed=streamed)
     rows, located = batches.at(step), batches.located(step)
-    per_epoch = np.array([source.per_epoch for source in _sequences(run, corpus).values()])
+    epoch = np.empty_like(located.index)
+    for number, source in enumerate(batches.sources):
+        of_it = located.source == number
+        epoch[of_it] = source.epochs(located.index[of_it]) if of_it.any() else 0
     return BatchView(
         step=step,
         steps=_steps(run),
@@ -271,7 +291,7 @@ def view_batch(run: RunConfig, corpus: Corpus, *, step: int) -> BatchView:
         counted=rows.counted,
         samples=step * run.batch.global_batch + np.arange(run.batch.global_batch),
         source=located.source,
-        epoch=located.index // per_epoch[located.source],
+        epoch=epoch,
         end_of_text=corpus.first.meta.end_of_text,
     )
 
@@ -295,7 +315,8 @@ def _fill_in_middle(run: RunConfig, corpus: Corpus) -> FillInMiddle | None:
             )
     raise DataError(
         f"data.fill_in_middle is {run.data.fill_in_middle}, but {corpus.first.tokenizer_path} has no tokens that mark "
-        f"the parts: bring a tokenizer (data.tokenizer) with {' '.join(MARKS[0])}, or set it to 0"
+        f"the parts, such as {' '.join(MARKS[0])}: bring one with them (data.tokenizer), name them in "
+        "prepare.special_tokens, or set it to 0"
     )
 
 

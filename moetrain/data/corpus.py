@@ -11,6 +11,7 @@ meta.json                                     counts, digests, sources, baseline
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file that the text came from."""
 
     name: str
@@ -82,7 +83,7 @@ class Meta:
     empty_documents: int  # passed over
     train: Split
     held_out: Split
-    sources: tuple[Source, ...]
+    sources: tuple[SourceFile, ...]
     baselines: Baselines
     dropped: dict[str, int] = field(default_factory=dict)  # left out as too short, too long, or duplicates
     round_trip: RoundTrip = RoundTrip(tried=0, same=0)
@@ -187,11 +188,28 @@ def read_meta(directory: Path) -> Meta:
         return Meta(
             **values
             | {split: Split(**values[split]) for split in SPLITS}
-            | {"sources": tuple(Source(**source) for source in values["sources"])}
+            | {"sources": tuple(SourceFile(**source) for source in values["sources"])}
             | {"baselines": Baselines(**values["baselines"]), "round_trip": RoundTrip(**values["round_trip"])}
         )
     except (TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error}): {_redo(directory)}") from error
+
+
+def was_touched(directory: Path) -> bool:
+    """Whether a file may be another than when ``meta.json`` was written, or ``mark_compared`` called.
+
+    By the times of change that the file system keeps (ctime), which no program can set back.
+    """
+    if not (directory / META).is_file():
+        return False
+    known = (directory / META).stat().st_ctime_ns
+    return any(path.stat().st_ctime_ns > known for path in directory.iterdir())
+
+
+def mark_compared(directory: Path) -> None:
+    """Every file is what ``meta.json`` tells: none is touched, until one changes again."""
+    with contextlib.suppress(OSError):  # not ours to write: it is compared again
+        os.utime(directory / META)
 
 
 def write_meta(directory: Path, *, meta: Meta) -> None:

@@ -55,6 +55,8 @@ class Source(Protocol):
     @property
     def has_uncounted(self) -> bool: ...
 
+    def epochs(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+
     def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
 
     def read_counted(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]: ...
@@ -109,9 +111,13 @@ class Sequences:
             return np.ones((len(index), self.sequence_length + 1), dtype=np.bool_)
         return self._cut(self._counted, self.places(index)).astype(np.bool_)
 
+    def epochs(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How often all sequences were read before the one that comes ``index``-th, [N]."""
+        return index // self.per_epoch
+
     def places(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Which sequence of the text comes ``index``-th, [N]."""
-        epochs, places = np.divmod(index, self.per_epoch)
+        epochs, places = self.epochs(index), index % self.per_epoch
         sequences = np.empty_like(places)
         for epoch in np.unique(epochs):
             now = epochs == epoch

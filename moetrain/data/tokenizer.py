@@ -1,4 +1,4 @@
-"""Text to token ids: byte-level BPE (Radford et al. 2019, GPT-2, section 2.2), trained here or brought along."""
+"""Text to token ids: a byte-level BPE or Unigram that is trained here, or whatever ``tokenizers`` reads."""
 
 from __future__ import annotations
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,10 +20,9 @@ from moetrain.data.corpus import (
     META,
     SPLITS,
     TOKENIZER,
-    Baselines,
     Meta,
     Prepared,
-    Source,
+    SourceFile,
     SplitWriter,
     file_sha256,
     open_prepared,
@@ -35,16 +31,17 @@ from moetrain.data.corpus import (
 from moetrain.data.tokenizer import end_of_text, fingerprint, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
 from moetrain.instruct.template import TEMPLATE, Part, check_template, parts_of
-from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
-from moetrain.prepare.build import BASELINE_LIMITS, check_fits, tokenizer_sha256
+from moetrain.prepare.baselines import measure
+from moetrain.prepare.build import BASELINE_LIMITS, OUT, Options, check_fits, tokenizer_sha256
+from moetrain.prepare.directory import fill
 from moetrain.prepare.encoding import Progress
-from moetrain.prepare.text import expand
+from moetrain.prepare.text import check_whole, expand, nothing_to_read, values_of
 from moetrain.tokenization.formats import read_tokenizer
 
 
 def instruction_directory(
     base: Path, *, name: str, text: Sequence[str], template: Mapping[str, str] | None, held_out: float, vocab_size: int,
-    tokenizer: str | None,
+    tokenizer: str | None, options: Options,
 ) -> Path:  # fmt: skip
     """BASE/NAME-DIGEST: where the token files of these settings belong; the digest covers the files' content.
 
@@ -57,49 +54,47 @@ def instruction_directory(
         "files": [file_sha256(path) for path in expand(text)],
         "held_out": held_out,
         "vocab_size": vocab_size,
-        "tokenizer": None if tokenizer is None else tokenizer_sha256(Path(tokenizer)),
-    }
+        "tokenizer": [options.tokenizer_kind, *options.special_tokens] if tokenizer is None
+                     else tokenizer_sha256(Path(tokenizer)),
+    }  # fmt: skip
     return base / f"{name}-{hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def prepare_instructions(
     directory: Path, *, text: Sequence[str], template: Mapping[str, str] | None, held_out: float, vocab_size: int,
-    tokenizer: str | None, progress: Progress,
+    tokenizer: str | None, options: Options, progress: Progress, verify: bool = False,
 ) -> Prepared:  # fmt: skip
     """Make the token files of conversations, unless they are there.
 
     Args:
         directory: made whole by one rename.
-        text: patterns of .jsonl and .jsonl.gz files, see ``prepare.text.expand``.
+        text: patterns of .jsonl and .json files, also compressed, see ``prepare.text.expand``.
         template: text for each role (``instruct.template``); None: ours.
         held_out: share of the conversations kept for evaluation; which ones depends on their text alone.
         vocab_size: rows of the model's embedding.
         tokenizer: see ``tokenization.formats.read_tokenizer``; None: one is trained on the conversations.
+        options: of these the kind and the special tokens of a tokenizer that is trained here.
         progress: called with a stage, bytes done and bytes in all.
+        verify: compare the files with their digests, but for the loss masks (``data.build.open_counted``).
 
     Raises:
-        DataError: a row is no conversation, the tokenizer does not fit, or there are too few conversations.
+        DataError: a file cannot be read, a row is no conversation, the tokenizer does not fit, there are too few
+            conversations, or the disk is full.
     """
     if not (directory / META).exists():
         used = dict(template or TEMPLATE)
         check_template(used)
-        partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            _build(partial, expand(text), template=used, held_out=held_out, vocab_size=vocab_size,
-                   tokenizer=tokenizer, progress=progress)  # fmt: skip
-            os.rename(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    prepared = open_prepared(directory)
+        fill(directory, lambda work: _build(work / OUT, expand(text), template=used, held_out=held_out,
+                                            vocab_size=vocab_size, tokenizer=tokenizer, options=options,
+                                            progress=progress))  # fmt: skip
+    prepared = open_prepared(directory, verify=verify)
     check_fits(prepared.vocab_size, what=f"the prepared directory {directory}", vocab_size=vocab_size)
     return prepared
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    parts: list[Part]
+    parts: list[Part]  # none where it is empty
 
     @property
     def text(self) -> str:
@@ -111,58 +106,63 @@ class _Conversation:
 
 
 def _build(
-    partial: Path, files: list[Path], *, template: dict[str, str], held_out: float, vocab_size: int,
-    tokenizer: str | None, progress: Progress,
+    out: Path, files: list[Path], *, template: dict[str, str], held_out: float, vocab_size: int,
+    tokenizer: str | None, options: Options, progress: Progress,
 ) -> None:  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier start
+    out.mkdir()
+
     def conversations(stage: str) -> Iterator[_Conversation]:
         return _read(files, template=template, stage=stage, progress=progress)
 
     if tokenizer is None:
-        texts = (each.text for each in conversations("tokenizer") if not each.is_held_out(held_out))
-        chosen = train_tokenizer(texts, vocab_size=vocab_size)
+        texts = (each.text for each in conversations("tokenizer") if each.parts and not each.is_held_out(held_out))
+        chosen = train_tokenizer(texts, vocab_size=vocab_size, kind=options.tokenizer_kind,
+                                 special_tokens=options.special_tokens)  # fmt: skip
     else:
         chosen = read_tokenizer(Path(tokenizer))
-    check_fits(vocabulary_size(chosen), what=f"the tokenizer {tokenizer}", vocab_size=vocab_size)
+        check_fits(vocabulary_size(chosen), what=f"the tokenizer {tokenizer}", vocab_size=vocab_size)
     samples = {split: bytearray() for split in SPLITS}
     limits = dict(zip(SPLITS, BASELINE_LIMITS, strict=True))
     counted = {split: array("B") for split in SPLITS}
+    empty = 0
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(SplitWriter(partial, split=split, vocab_size=vocabulary_size(chosen)))
+        writers = {split: stack.enter_context(SplitWriter(out, split=split, vocab_size=vocabulary_size(chosen)))
                    for split in SPLITS}  # fmt: skip
         for each in conversations("encode"):
+            if not each.parts:
+                empty += 1
+                continue
             split = "held_out" if each.is_held_out(held_out) else "train"
             ids, flags = _encode(each, chosen)
             data = each.text.encode()
             writers[split].add(ids, num_bytes=len(data))
             counted[split].frombytes(flags)
             samples[split] += data[: limits[split] - len(samples[split])]
+        if not any(counted.values()):
+            raise nothing_to_read(files, num_empty=empty)
         if not all(counted.values()):
             raise DataError(
                 f"{files[0].name} and the like hold too few conversations for a training and a held-out part: add "
                 "some, or set a larger data.held_out"
             )
         train, kept = writers["train"].finish(), writers["held_out"].finish()
-    write_counted(partial, {split: np.frombuffer(flags, dtype=np.uint8) for split, flags in counted.items()},
+    write_counted(out, {split: np.frombuffer(flags, dtype=np.uint8) for split, flags in counted.items()},
                   template=template)  # fmt: skip
-    (partial / TOKENIZER).write_text(chosen.to_str(), encoding="utf-8")
+    (out / TOKENIZER).write_text(chosen.to_str(), encoding="utf-8")
     meta = Meta(
         format_version=FORMAT_VERSION,
         vocab_size=vocabulary_size(chosen),
         end_of_text=end_of_text(chosen),
         tokenizer_fingerprint=fingerprint(chosen),
-        empty_documents=0,
+        empty_documents=empty,
         train=train,
         held_out=kept,
-        sources=tuple(Source(name=path.name, size=path.stat().st_size, sha256=file_sha256(path)) for path in files),
-        baselines=Baselines(
-            xz=xz_bits_per_byte(bytes(samples["held_out"])),
-            trigram=trigram_bits_per_byte(bytes(samples["train"]), bytes(samples["held_out"])),
-            train_bytes=len(samples["train"]),
-            held_out_bytes=len(samples["held_out"]),
-            truncated=len(samples["train"]) < train.bytes or len(samples["held_out"]) < kept.bytes,
-        ),
-    )
-    write_meta(partial, meta=meta)
+        sources=tuple(SourceFile(name=path.name, size=path.stat().st_size, sha256=file_sha256(path)) for path in files),
+        baselines=measure(bytes(samples["train"]), bytes(samples["held_out"]),
+                          truncated=sum(map(len, samples.values())) < train.bytes + kept.bytes),
+    )  # fmt: skip
+    write_meta(out, meta=meta)
 
 
 def _encode(conversation: _Conversation, tokenizer: Tokenizer) -> tuple[list[int], bytes]:
@@ -180,25 +180,14 @@ def _encode(conversation: _Conversation, tokenizer: Tokenizer) -> tuple[list[int
 def _read(files: list[Path], *, template: dict[str, str], stage: str, progress: Progress) -> Iterator[_Conversation]:
     sizes = [path.stat().st_size for path in files]
     for number, path in enumerate(files):
-        progress(stage, sum(sizes[: number + 1]), sum(sizes))
-        if not path.name.endswith((".jsonl", ".jsonl.gz")):
-            raise DataError(f"{path} is no .jsonl or .jsonl.gz: conversations are read from these")
-        with _open(path) as file:
-            for line, text in enumerate(file, start=1):
-                if text.strip():
-                    where = f"{path}, line {line}"
-                    yield _Conversation(parts_of(_row(text, where=where), template=template, where=where))
 
+        def tell(position: int, *, before: int = sum(sizes[:number])) -> None:
+            progress(stage, before + position, sum(sizes))
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
-
-
-def _row(text: bytes, *, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON ({error}): each line must be a row") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no row with fields: write prompt and response, or messages")
-    return row
+        for row, value in enumerate(values_of(path, tell=tell), start=1):
+            where = f"{path}, row {row:,}"
+            if not isinstance(value, dict):
+                raise DataError(f"{where} is not an object: write prompt and response, or messages")
+            conversation = _Conversation(parts_of(value, template=template, where=where))
+            check_whole(conversation.text, where=where)
+            yield conversation

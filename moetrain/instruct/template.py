@@ -34,22 +34,26 @@ class Part:
 def parts_of(row: Mapping[str, Any], *, template: Mapping[str, str], where: str) -> list[Part]:
     """A conversation in pieces, each tokenized by itself, so that no token crosses into what is learnt.
 
+    There are none where all that the assistant says is empty.
+
     Args:
         where: begins the message of an error.
 
     Raises:
-        DataError: the row is no conversation, a role is not in the template, or nothing in it is learnt.
+        DataError: the row is no conversation, a role is not in the template, or nothing is said by the assistant.
     """
     parts: list[Part] = []
-    for role, content in _messages(row, where=where):
+    messages = _messages(row, where=where)
+    for role, content in messages:
         if role not in template:
             raise DataError(f"{where} has the role {role!r}, but the template has {', '.join(template)}: add it")
         before, _, after = template[role].partition(CONTENT)
         is_learnt = role == ASSISTANT
         parts += [Part(before, False), Part(content + after, is_learnt)]
-    if not any(part.counted and part.text for part in parts):
+    said = [content for role, content in messages if role == ASSISTANT]
+    if not said:
         raise DataError(f"{where} has no message of the {ASSISTANT}, so there is nothing to learn: leave the row out")
-    return [part for part in parts if part.text]
+    return [part for part in parts if part.text] if any(map(str.strip, said)) else []
 
 
 def check_template(template: Mapping[str, str]) -> None:

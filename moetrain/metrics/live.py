@@ -50,7 +50,7 @@ class LiveView:
         self._bar = WorkBar("train", total=total, unit="steps", done=done, shown=shown, console=self._console)
         self._expert_parallel, self._expert_share = expert_parallel, expert_share
         self._tokens_per_step = tokens_per_step
-        self._losses: list[float] = []
+        self._losses: list[tuple[int, float]] = []  # of each step that has one
         self._lines: list[Text] = []
         self._live: Live | None = None
         if shown and self._console.is_terminal:
@@ -81,8 +81,11 @@ class LiveView:
         """Take in a line of metrics, as it is written to metrics.jsonl."""
         if self._live is None:
             return
-        self._losses += [loss for loss in line.get("step_losses", []) if math.isfinite(loss)]
-        self._lines = [Text.assemble(("loss  ", "dim"), sparkline(self._losses, width=_WIDTH), f"  {line['loss']:.3f}")]
+        losses = line.get("step_losses", [])
+        steps = range(line["step"] - len(losses) + 1, line["step"] + 1)
+        self._losses += [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+        drawn = sparkline([loss for _, loss in self._losses], width=_WIDTH)
+        self._lines = [Text.assemble(("loss  ", "dim"), drawn, f"  {line['loss']:.3f}")]
         loads = line.get("load") or []
         for layer, share_E in enumerate(loads[:_MOST_LAYERS]):
             self._lines.append(Text.assemble((f"layer {layer:<3}", "dim"), load_bars(share_E)))
@@ -93,6 +96,10 @@ class LiveView:
             tax = imbalance_tax(loads, seconds=seconds, expert_parallel=self._expert_parallel, share=self._expert_share)
             told = f"{1000 * tax:.1f} ms of {1000 * seconds:.0f} ms a step: waiting for the fullest rank, by FLOPs"
             self._lines.append(Text.assemble(("tax   ", "dim"), told))
+
+    def go_back(self, step: int) -> None:
+        """The run has gone back: what came after a step is no more."""
+        self._losses = [(each, loss) for each, loss in self._losses if each <= step]
 
     def _render(self) -> Group:
         return Group(self._bar.renderable, *self._lines)

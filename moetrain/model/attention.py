@@ -40,6 +40,14 @@ def document_mask(document_BS: Tensor) -> Tensor:
     return same.tril().unsqueeze(1)
 
 
+def score_bias(mask: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores, in their dtype: 0 where a token sees another, else minus infinity.
+
+    PyTorch's attention makes this of a mask by itself, but anew in each block, which keeps it for the backward pass.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Turn the pairs (i, i + d_head / 2) of x [..., S, d_head], the pairing of Llama and Mixtral checkpoints."""
     first, second = x.chunk(2, dim=-1)
@@ -106,7 +114,7 @@ class Attention(nn.Module):
         """Args:
         x_BSD: what attends to itself.
         turn: angles of the rotary embedding; None when positions are learned.
-        mask: as ``document_mask``, of the new tokens over all; None: every token sees all before it.
+        mask: as ``document_mask`` or ``score_bias``, of the new tokens over all; None: every token sees all before it.
         past: what was read before, which takes in these tokens too; None: these are all there is.
         """
         batch, length, _ = x_BSD.shape

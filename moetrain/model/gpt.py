@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moetrain.model.attention import Attention, KeyValues, Rotation, document_mask, rotation
+from moetrain.model.attention import Attention, KeyValues, Rotation, document_mask, rotation, score_bias
 from moetrain.model.ffn import FeedForward
 from moetrain.model.recompute import Recompute
 from moetrain.moe.layer import MoELayer, MoEOutput
@@ -69,7 +69,7 @@ class Block(nn.Module):
         """Args:
         x_BSD: the residual stream.
         turn: angles of the rotary embedding; None when positions are learned.
-        mask: what attention may see (``attention.document_mask``); None: all that came before.
+        mask: what attention may see (``attention.score_bias``); None: all that came before.
         token_BS: ids.
         replay: the choice of the router in an earlier pass, to be repeated; None: it chooses.
         past: as ``Attention.forward``.
@@ -176,6 +176,8 @@ class GPT(nn.Module):
             turn = rotation(position, d_head=self.blocks[0].attention.d_head, theta=self.rope_theta)
         if document_BS is not None:
             mask = document_mask(document_BS)
+        if mask is not None:
+            mask = score_bias(mask, dtype=x.dtype)
         moe: list[MoEOutput] = []
         for index, block in enumerate(self.blocks):
             repeats = replay is not None and isinstance(block.feed_forward, MoELayer)

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[D
 
     Args:
         tasks: what is to be done; drawn from as workers become free.
-        module: what ``python -m`` runs: it reads a task a line and answers each with a line.
+        module: what ``python -m`` runs; it calls ``do_tasks``.
         workers: processes; each has one thread.
 
     Raises:
@@ -81,6 +82,27 @@ def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[D
                 yield result
     finally:
         _stop(processes, threads)
+
+
+def do_tasks(do: Callable[[Task], dict[str, Any]]) -> None:
+    """Be a worker process: a task from each line of standard input, until it ends, and an answer to each.
+
+    Args:
+        do: from a task to its answer; what it raises is raised where ``run_tasks`` is called.
+    """
+    # whatever a library prints must not come between the answers
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = {"done": do(json.loads(line))}
+        except DataError as error:
+            answer = {"data_error": str(error)}
+        except OSError as error:
+            answer = {"errno": error.errno or 0, "error": str(error)}
+        except BaseException:
+            answer = {"crash": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _start(module: str) -> subprocess.Popen[str]:

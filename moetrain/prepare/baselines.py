@@ -13,7 +13,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moetrain.data.corpus import Baselines
+
 _PIECE = 1 << 22  # bytes counted at once, so that codes and counts of a large text stay small
+
+
+def measure(train: bytes, held_out: bytes, *, truncated: bool) -> Baselines:
+    """Both.
+
+    Args:
+        truncated: whether either is only the beginning of its text.
+    """
+    return Baselines(
+        xz=xz_bits_per_byte(held_out),
+        trigram=trigram_bits_per_byte(train, held_out),
+        train_bytes=len(train),
+        held_out_bytes=len(held_out),
+        truncated=truncated,
+    )
 
 
 def xz_bits_per_byte(held_out: bytes) -> float:

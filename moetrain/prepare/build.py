@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from moetrain.data.corpus import FORMAT_VERSION, TOKENIZER, Baselines, Meta, Source, file_sha256, write_meta
+from moetrain.data.corpus import FORMAT_VERSION, TOKENIZER, Baselines, Meta, SourceFile, file_sha256, write_meta
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
 from moetrain.prepare.dedup import mark_duplicates
@@ -125,7 +125,7 @@ def _finish(
     tokenizer: Tokenizer,
     *,
     measured: dict[str, float],
-    sources: tuple[Source, ...],
+    sources: tuple[SourceFile, ...],
     left_out: dict[str, int],
     is_ours: bool,
     progress: Progress,
@@ -173,17 +173,17 @@ def _refuse_for_tokens(request: Request) -> None:
         )
 
 
-def _hash_sources(inputs: list[Input], *, progress: Progress) -> Iterator[Source]:
+def _hash_sources(inputs: list[Input], *, progress: Progress) -> Iterator[SourceFile]:
     total = sum(path.stat().st_size for source in inputs for path in files_of(source))
     done = 0
     for source in inputs:
         if isinstance(source, HubDataset):
-            yield Source(name=str(source), size=0, sha256=hub_sha256(source))
+            yield SourceFile(name=str(source), size=0, sha256=hub_sha256(source))
         for path in files_of(source):
             size = path.stat().st_size
             done += size
             progress("hash", done, total)
-            yield Source(name=path.name, size=size, sha256=source_sha256(path))
+            yield SourceFile(name=path.name, size=size, sha256=source_sha256(path))
 
 
 def hub_sha256(dataset: HubDataset) -> str:
@@ -191,7 +191,7 @@ def hub_sha256(dataset: HubDataset) -> str:
     return hashlib.sha256(f"{dataset} {identity(dataset)}".encode()).hexdigest()
 
 
-def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[Source, ...]) -> None:
+def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[SourceFile, ...]) -> None:
     """Keep what an earlier start left only if it had the same sources and settings."""
     plan = {
         "format_version": FORMAT_VERSION,

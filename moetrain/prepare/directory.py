@@ -114,9 +114,22 @@ def prepare(
         tokenizer=tokenizer,
         options=options,
     )
+    fill(directory, lambda work: build_token_files(work, request, progress=progress, say=say))
+    return _fitting(open_prepared(directory), vocab_size=vocab_size)
+
+
+def fill(directory: Path, build: Callable[[Path], None]) -> None:
+    """Make a prepared directory whole by one rename, out of a directory of work beside it.
+
+    Args:
+        build: fills ``OUT`` in the directory of work, in which there may be what an earlier start left.
+
+    Raises:
+        DataError: from ``build``; the directory holds other things, or the disk is full.
+    """
     _refuse_foreign(directory)
     try:
-        _make(directory, request, progress=progress, say=say)
+        _fill(directory, build)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
@@ -124,13 +137,12 @@ def prepare(
             + ("make room, and the same command goes on with what lies beside it, or " if is_full else "")
             + "set data.prepared to another directory"
         ) from error
-    return _fitting(open_prepared(directory), vocab_size=vocab_size)
 
 
-def _make(directory: Path, request: Request, *, progress: Progress, say: Callable[[str], None]) -> None:
+def _fill(directory: Path, build: Callable[[Path], None]) -> None:
     with _directory_of_work(directory) as work:
         try:
-            build_token_files(work, request, progress=progress, say=say)
+            build(work)
             _commit(work / OUT, directory)
         except DataError as error:
             if not isinstance(error, WorkerLost):  # else the next start goes on, as after an interrupt

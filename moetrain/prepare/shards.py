@@ -4,16 +4,12 @@ encoded/000000.bin       token ids, those of the training documents first, then 
 encoded/000000.rows.npy  for each document in the same order, tokens (uint32)
 encoded/000000.json      what ``Encoded`` says; written last
 
-A worker process reads a task from each line of its standard input and answers each with a line of JSON. It ends when
-that input does, so none stays behind when the process that started it is killed.
+A worker process (``parallel.pool.do_tasks``) ends when its standard input does, so none stays behind when the process
+that started it is killed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +28,7 @@ from moetrain.data.tokenizer import (
     vocabulary_size,
 )
 from moetrain.errors import DataError
+from moetrain.parallel.pool import do_tasks
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.sources.duplicates import digests
 from moetrain.sources.spool import Shard, ShardRows, read_json, read_spool, rows_of, texts_of, write_json
@@ -228,23 +225,5 @@ class _Worker:
         return asdict(self._encoder.encode(task["shard"]))
 
 
-def main() -> None:
-    """Do the tasks of standard input until it ends."""
-    # whatever a library prints must not come between the answers
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = _Worker()
-    for line in sys.stdin:
-        try:
-            answer: dict[str, Any] = {"done": worker.do(json.loads(line))}
-        except DataError as error:
-            answer = {"data_error": str(error)}
-        except OSError as error:
-            answer = {"errno": error.errno or 0, "error": str(error)}
-        except BaseException:
-            answer = {"crash": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    do_tasks(_Worker().do)

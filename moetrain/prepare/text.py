@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ def is_tokenized(source: Input) -> bool:
     return isinstance(source, Path) and _format(source) == ".idx"
 
 
-def records_of(source: Input, *, text_column: str, tell: Tell) -> Iterator[bytes]:
+def told_nothing(position: int) -> None:
+    """Nobody asked how far reading is."""
+
+
+def records_of(source: Input, *, text_column: str, tell: Tell = told_nothing) -> Iterator[bytes]:
     """Every document of an input: UTF-8, or token ids as little-endian uint32 where it ``is_tokenized``.
 
     Raises:
@@ -180,11 +185,7 @@ def nothing_to_read(files: Sequence[object], *, num_empty: int, num_other: int =
     return DataError(f"data.text holds {what} ({names}): name files with text in them")
 
 
-def _told_nothing(position: int) -> None:
-    """Nobody asked how far reading is."""
-
-
-def texts_of(path: Path, *, text_column: str, tell: Tell = _told_nothing) -> Iterator[str]:
+def texts_of(path: Path, *, text_column: str, tell: Tell = told_nothing) -> Iterator[str]:
     """Every document of one file, those without a visible character too.
 
     Args:
@@ -195,12 +196,10 @@ def texts_of(path: Path, *, text_column: str, tell: Tell = _told_nothing) -> Ite
     Raises:
         DataError: as ``read_documents``.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: data.text must name files that exist")
     known = _format(path)
     if known is None or known == ".idx":
         raise DataError(f"{path} is of an unknown kind: data.text reads files that end in {_suffixes()}")
-    try:
+    with _read_as(known, path):
         if known == ".txt":
             yield _plain_text(read_text(path, tell=tell), path=path)
         elif known == ".parquet":
@@ -209,6 +208,28 @@ def texts_of(path: Path, *, text_column: str, tell: Tell = _told_nothing) -> Ite
                 yield _checked(value, text_column=text_column, path=path, number=number)
         else:
             yield from _texts_of_rows(path, text_column=text_column, tell=tell, known=known)
+
+
+def values_of(path: Path, *, tell: Tell = told_nothing) -> Iterator[Any]:
+    """Every line of a .jsonl file, every element of a .json array; whatever they are.
+
+    Raises:
+        DataError: the file is missing, of another kind, cut short, or not what its name says.
+    """
+    known = _format(path)
+    if known not in (".jsonl", ".json"):
+        raise DataError(f"{path} is no .jsonl and no .json (also with {', '.join(COMPRESSIONS)} after it)")
+    with _read_as(known, path):
+        yield from json_rows(path, tell=tell, may_be_array=known == ".json")
+
+
+@contextmanager
+def _read_as(known: str, path: Path) -> Iterator[None]:
+    """Turns whatever reading a file raises into an error that names it."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file: data.text must name files that exist")
+    try:
+        yield
     except DataError:
         raise
     except UnicodeError as error:
@@ -246,12 +267,7 @@ def _plain_text(text: str, *, path: Path) -> str:
 
 def _checked(value: Any, *, text_column: str, path: Input, number: int) -> str:
     if isinstance(value, str):
-        try:
-            value.isascii() or value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path}, row {number:,} holds half of a surrogate pair, which is not text: mend or leave out the row"
-            ) from error
+        check_whole(value, where=f"{path}, row {number:,}")
         return value
     if value is None:
         return ""
@@ -259,6 +275,20 @@ def _checked(value: Any, *, text_column: str, path: Input, number: int) -> str:
         f"{path}, row {number:,} holds {type(value).__name__} in column {text_column!r}, but it must be text: "
         "set data.text_column to the column with the text"
     )
+
+
+def check_whole(text: str, *, where: str) -> None:
+    """Refuse what JSON can spell and UTF-8 cannot.
+
+    Raises:
+        DataError: it holds half of a surrogate pair.
+    """
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half of a surrogate pair, which is not text: mend or leave out the row"
+        ) from error
 
 
 def _require_column(text_column: str, columns: Iterable[str], *, where: str) -> None:

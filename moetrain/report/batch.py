@@ -43,7 +43,7 @@ def show(view: Any, *, decode: Callable[[Sequence[int]], str], samples: int) -> 
                 (f"sample {view.samples[row]:,}", "bold"),
                 "  ",
                 (view.names[source], f"bold {_colour(source)}"),
-                f", epoch {view.epoch[row]:,}, {len(pieces):,} documents, {whole:,} of them to their end",
+                f", epoch {view.epoch[row]:,}, {len(pieces):,} document{'s' * (len(pieces) > 1)}, {whole:,} to the end",
             )
         )
         console.print(_text(view, row, decode=decode))

@@ -38,7 +38,7 @@ def documents_of(request: Request, *, sizes: Sequence[int], source: int = 0, row
     for number in range(source, len(request.inputs)):
         one, skip = request.inputs[number], row if number == source else 0
         _refuse_changed(one, sizes[number])
-        for count, text in enumerate(records_of(one, text_column=request.text_column, tell=_nobody), start=1):
+        for count, text in enumerate(records_of(one, text_column=request.text_column), start=1):
             if count > skip:
                 reason = why_not(text.decode(), request.options)
                 yield Document(text, place_of(text), reason, source=number, row=count)
@@ -60,7 +60,3 @@ def _refuse_changed(one: Input, size: int) -> None:
             f"{one} has {now:,} bytes, but had {size:,} when the stream began: text that is still written to cannot be "
             "streamed; set it back, or begin another run"
         )
-
-
-def _nobody(position: int) -> None:
-    """Nobody asked how far reading is."""

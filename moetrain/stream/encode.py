@@ -1,16 +1,8 @@
-"""Documents to token ids: in this process, or as ``python -m moetrain.stream.encode`` in several.
-
-A worker process reads a task from each line of its standard input and answers each with a line of JSON (see
-``parallel/pool.py``); it ends when that input does.
-"""
+"""Documents to token ids: in this process, or as ``python -m moetrain.stream.encode`` in several."""
 
 from __future__ import annotations
 
 import base64
-import json
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +11,7 @@ import numpy.typing as npt
 
 from moetrain.data.corpus import token_dtype
 from moetrain.data.tokenizer import batch_encoder, encode, end_of_text, load_tokenizer, vocabulary_size
-from moetrain.errors import DataError
+from moetrain.parallel.pool import Task, do_tasks
 
 
 class Encoder:
@@ -50,23 +42,17 @@ def from_text(text: str, *, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.frombuffer(base64.b64decode(text), dtype=dtype)
 
 
-def main() -> None:
-    """Do the tasks of standard input until it ends."""
-    # whatever a library prints must not come between the answers
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    encoder: Encoder | None = None
-    for line in sys.stdin:
-        task = json.loads(line)
-        try:
-            encoder = encoder or Encoder(Path(task["tokenizer"]))
-            answer: dict[str, Any] = {"done": {"tokens": to_text(encoder(task["texts"]))}}
-        except DataError as error:
-            answer = {"data_error": str(error)}
-        except BaseException:
-            answer = {"crash": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+class _Worker:
+    """Does the tasks of one stream."""
+
+    def __init__(self) -> None:
+        self._encoder: Encoder | None = None
+
+    def do(self, task: Task) -> dict[str, Any]:
+        if self._encoder is None:
+            self._encoder = Encoder(Path(task["tokenizer"]))
+        return {"tokens": to_text(self._encoder(task["texts"]))}
 
 
 if __name__ == "__main__":
-    main()
+    do_tasks(_Worker().do)

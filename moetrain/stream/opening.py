@@ -25,7 +25,7 @@ from moetrain.data.corpus import (
     Meta,
     Prepared,
     RoundTrip,
-    Source,
+    SourceFile,
     Split,
     SplitWriter,
     open_prepared,
@@ -33,7 +33,7 @@ from moetrain.data.corpus import (
 )
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
-from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.prepare.baselines import measure
 from moetrain.prepare.build import BASELINE_LIMITS, Options, Request, check_fits, hub_sha256, tokenizer_sha256
 from moetrain.prepare.text import files_of, inputs, is_tokenized, nothing_to_read
 from moetrain.sources.hub import HubDataset
@@ -133,12 +133,12 @@ def _plan(run: RunConfig, request: Request) -> dict[str, Any]:
     }
 
 
-def _sources(request: Request) -> list[Source]:
+def _sources(request: Request) -> list[SourceFile]:
     """Names and sizes of the files, and sha256 of what of each lies in the first ``HEAD`` bytes of all."""
     found, left = [], HEAD
     for one in request.inputs:
         if isinstance(one, HubDataset):
-            found.append(Source(name=str(one), size=0, sha256=hub_sha256(one)))
+            found.append(SourceFile(name=str(one), size=0, sha256=hub_sha256(one)))
         for path in files_of(one):
             try:
                 with open(path, "rb") as file:
@@ -148,7 +148,7 @@ def _sources(request: Request) -> list[Source]:
                     f"{path} cannot be read ({error}): data.text must name files that can be read"
                 ) from error
             left -= len(content)
-            found.append(Source(path.name, size=path.stat().st_size, sha256=hashlib.sha256(content).hexdigest()))
+            found.append(SourceFile(path.name, size=path.stat().st_size, sha256=hashlib.sha256(content).hexdigest()))
     return found
 
 
@@ -258,13 +258,7 @@ def _write(directory: Path, split: str, texts: list[bytes], *, encoder: Encoder,
 def _baselines(train: list[bytes], held_out: list[bytes]) -> Baselines:
     counted, measured = (b"".join(_first(texts, limit))[:limit]
                          for texts, limit in zip((train, held_out), BASELINE_LIMITS, strict=True))  # fmt: skip
-    return Baselines(
-        xz=xz_bits_per_byte(measured),
-        trigram=trigram_bits_per_byte(counted, measured),
-        train_bytes=len(counted),
-        held_out_bytes=len(measured),
-        truncated=True,  # the training text goes on after the opening
-    )
+    return measure(counted, measured, truncated=True)  # the training text goes on after the opening
 
 
 def _meta(
@@ -279,7 +273,7 @@ def _meta(
         empty_documents=0,
         train=train,
         held_out=held_out,
-        sources=tuple(Source(**source) for source in plan["sources"]),
+        sources=tuple(SourceFile(**source) for source in plan["sources"]),
         baselines=baselines,
         round_trip=tried,
     )

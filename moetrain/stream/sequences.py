@@ -9,6 +9,7 @@ them, changes nothing.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ class StreamedSequences:
         seed: the order follows from it.
         together: how many samples are read at a time, over all ranks: every rank waits for what any of them needs, so
             that none waits in a collective for another that waits here, and all fail at the same step.
-        want: called with how many blocks training wants when that grows.
+        want: called with how many blocks training wants when that grows, by one thread at a time.
         say: called with a line for the user.
     """
 
@@ -46,6 +47,8 @@ class StreamedSequences:
         self._blocks, self._seed, self._together, self._want, self._say = blocks, seed, together, want, say
         self._wanted = self._whole = 0
         self._end: End | None = None
+        # a batch is read ahead in one thread while another digests the next one for a checkpoint
+        self._one_waits = threading.Lock()
 
     @property
     def sequence_length(self) -> int:
@@ -67,20 +70,32 @@ class StreamedSequences:
         """Every token has a loss as a target, [N, S+1]."""
         return np.ones((len(index), self.sequence_length + 1), dtype=np.bool_)
 
+    def epochs(self, index: Ints) -> Ints:
+        """How often all sequences were read before the one that comes ``index``-th, [N]; waits until that is known."""
+        self._wait_for((int(index.max()) // self._together + 1) * self._together - 1)
+        return np.zeros_like(index) if self._end is None else index // self._end.sequences
+
     def places(self, index: Ints) -> Ints:
         """Which sequence of the text comes ``index``-th, [N]; waits until that is known."""
-        self._wait_for((int(index.max()) // self._together + 1) * self._together - 1)
-        total = None if self._end is None else self._end.sequences
-        epochs = np.zeros_like(index) if total is None else index // total
-        places = np.empty_like(index)
+        epochs, places = self.epochs(index), np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
             if epoch == 0:
                 places[now] = self._in_windows(index[now])
             else:
-                assert total is not None
+                assert self._end is not None
+                total = self._end.sequences
                 places[now] = permute(index[now] % total, size=total, seed=self._seed, epoch=epoch)
         return places
+
+    def num_there(self) -> int | None:
+        """How many can be read without waiting, from the first on; None: all, as the text is at its end."""
+        if self._blocks.end() is not None:
+            return None
+        shape, window = self._blocks.shape, 0
+        while self._blocks.is_full(shape.first_block(window + 1) - 1):
+            window += 1
+        return shape.first_block(window) * shape.sequences
 
     def _in_windows(self, index: Ints) -> Ints:
         shape, places = self._blocks.shape, np.empty_like(index)
@@ -96,8 +111,12 @@ class StreamedSequences:
 
     def _wait_for(self, last: int) -> None:
         """Until the window of a sequence is whole, or the text at its end."""
-        if last < self._whole or self._end is not None:
-            return
+        if last >= self._whole and self._end is None:
+            with self._one_waits:
+                if last >= self._whole and self._end is None:
+                    self._await_window_of(last)
+
+    def _await_window_of(self, last: int) -> None:
         shape = self._blocks.shape
         window = shape.window_of(last)
         # and one more, to be made while this one is read
@@ -118,8 +137,8 @@ class StreamedSequences:
             if not is_said and time.monotonic() - since > _SAY_AFTER:
                 is_said = True
                 self._say(
-                    "training waits for text to be tokenized: set prepare.workers higher, or let `moetrain prepare` do "
-                    "it beforehand"
+                    "waiting for text to be tokenized: set prepare.workers higher, or let `moetrain prepare` do it "
+                    "beforehand"
                 )
             time.sleep(_POLL_SECONDS)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed behind a few methods. Its settings are ``config.deepspeed``; what it must be told of a model, ``adopted``."""
+"""DeepSpeed behind a few methods. ``config.deepspeed`` has its settings, ``adopted`` tells it about the model."""
 
 from __future__ import annotations
 

@@ -189,7 +189,9 @@ def _train(
     guard = Guard(run.watch, group=groups.control, asked=stop, left_out=parts.left_out, progress=progress, tell=tell,
                   device=groups.device)  # fmt: skip
     guard.restore(found[1].watch.get("guard", {}) if found else {})
-    save = _save_hook(parts, guard, flush=log.flush, loss_at=evaluation.loss_at, stop=stop, bar=bar, clock=clock)
+    remote = None if run.checkpoint.remote is None else Remote(run.checkpoint.remote)
+    save = _save_hook(parts, guard, flush=log.flush, loss_at=evaluation.loss_at, remote=remote, stop=stop, bar=bar,
+                      clock=clock)  # fmt: skip
     plan = Plan(
         steps=sizes.steps,
         schedule=make_schedule(run, sizes=sizes),
@@ -198,7 +200,7 @@ def _train(
         seed=run.seed,
         hooks=(log, evaluation, save),
         watch=guard,
-        go_back=_go_back(parts, guard, save=save, log=log, numbers=numbers, tell=tell),
+        go_back=_go_back(parts, guard, save=save, log=log, numbers=numbers, remote=remote, tell=tell),
         progress=progress,
     )
     log.start(state)
@@ -245,7 +247,9 @@ def _plan_check(parts: Parts, *, say: Callable[[str], None]) -> PlanCheck:
     return PlanCheck(expected, run_dir=parts.run_dir, step_tokens=parts.sizes.tokens_per_step, say=say)
 
 
-def _go_back(parts: Parts, guard: Guard, *, save: SaveHook, log: LogHook, numbers: Numbers, tell: Tell) -> GoBack:
+def _go_back(
+    parts: Parts, guard: Guard, *, save: SaveHook, log: LogHook, numbers: Numbers, remote: Remote | None, tell: Tell
+) -> GoBack:
     def load(directory: Path, manifest: store.Manifest) -> None:
         checkpoint_state.load(directory, parts.engine.fragments(), group=parts.groups.control)
         parts.engine.loaded(updates=updates_of(manifest))
@@ -256,7 +260,6 @@ def _go_back(parts: Parts, guard: Guard, *, save: SaveHook, log: LogHook, number
         numbers.go_back(state.step)
         log.go_back(state)
 
-    remote = parts.run.checkpoint.remote
     return GoBack(
         parts.run_dir,
         progress=parts.progress,
@@ -266,7 +269,7 @@ def _go_back(parts: Parts, guard: Guard, *, save: SaveHook, log: LogHook, number
         find=lambda accept: find(parts, accept=accept),
         load=load,
         forget=forget,
-        remote=None if remote is None else Remote(remote),
+        remote=remote,
         tell=tell,
     )
 
@@ -277,6 +280,7 @@ def _save_hook(
     *,
     flush: Callable[[TrainState], None],
     loss_at: Callable[[int], float | None],
+    remote: Remote | None,
     stop: StopRequest,
     bar: LiveView,
     clock: Clock,
@@ -287,7 +291,7 @@ def _save_hook(
         group=parts.groups.writer,
         retention=store.Retention.of(given),
         asynchronous=given.asynchronous,
-        remote=None if given.remote is None else Remote(given.remote),
+        remote=remote,
     )
     if given.on_failure == "stop":
         stop.also(saver.has_failed)

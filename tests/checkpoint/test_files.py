@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import mmap
 import os
 import resource
 import threading
@@ -82,6 +83,21 @@ def test_a_file_cut_short_in_the_middle_of_a_page_tells_the_cause_and_lets_go(tm
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "x").stat().st_size == 20_000_000
     assert (os.listdir("/proc/self/fd"), threading.active_count()) == (descriptors, threads)
+
+
+def test_without_memory_for_the_blocks_no_file_stays_open(tmp_path, monkeypatch):
+    room = iter([mmap.mmap(-1, mmap.PAGESIZE)])
+
+    def little(*_: int) -> mmap.mmap:
+        for block in room:
+            return block
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("moetrain.checkpoint.files.mmap.mmap", little)
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Cannot allocate"), DigestedFiles().create_stream(tmp_path / "x", "wb"):
+        pass
+    assert os.listdir("/proc/self/fd") == descriptors
 
 
 def test_no_block_is_filled_anew_before_a_slow_disk_has_it(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moetrain.config.checks import check, resolve
-from moetrain.config.data import SourceConfig, sources_of, with_prepared
+from moetrain.config.data import DataConfig, SourceConfig, label_of, sources_of, with_prepared
 from moetrain.config.freeze import flatten, freeze, read_run, to_dict, write_run
 from moetrain.config.identity import differences, is_fixed, training_digest
 from moetrain.config.schema import RunConfig
@@ -88,6 +88,18 @@ def test_a_source_takes_over_what_is_said_for_all():
     found = sources_of(data)
     assert found["a"] == SourceConfig(text=["a.txt"], text_column="content", format="text", held_out=0.2, max_epochs=4)
     assert found["b"] == SourceConfig(prepared="b", text_column="body", format="text", held_out=0.1, max_epochs=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (["builtin:sotu"], "sotu"), (["a/notes.jsonl.gz", "b.txt"], "notes"), (["/data/my corpus/"], "my-corpus"),
+        (["books/*.txt"], "books"), (["**/*.txt"], "text"), ([], "text"), (["hf:owner/name@train"], "name"),
+    ],
+)  # fmt: skip
+def test_a_corpus_without_a_name_is_called_as_the_first_of_its_text(text, label):
+    assert label_of(DataConfig(text=text)) == label
+    assert label_of(DataConfig(text=text, name="mine")) == "mine"
 
 
 def test_text_alone_is_one_source():

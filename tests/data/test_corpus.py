@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from moetrain.data.corpus import (
     Baselines,
     Meta,
     RoundTrip,
-    Source,
+    SourceFile,
     SplitWriter,
+    mark_compared,
     open_prepared,
+    was_touched,
     write_meta,
 )
 from moetrain.data.tokenizer import fingerprint, train_tokenizer
@@ -51,7 +54,7 @@ def write_directory(
         round_trip=RoundTrip(tried=3, same=2),
         train=splits["train"],
         held_out=splits["held_out"],
-        sources=(Source(name="a.txt", size=1, sha256="0"),),
+        sources=(SourceFile(name="a.txt", size=1, sha256="0"),),
         baselines=Baselines(xz=2.0, trigram=3.0, train_bytes=1, held_out_bytes=1, truncated=False),
     )
     write_meta(directory, meta=meta)
@@ -68,7 +71,7 @@ def test_what_was_written_is_what_opens(tmp_path):
     assert documents_of(prepared.held_out.tokens, prepared.held_out.documents) == HELD_OUT
     assert (prepared.train.num_tokens, prepared.train.num_documents, prepared.train.num_bytes) == (11, 3, 110)
     assert (prepared.vocab_size, prepared.meta.empty_documents) == (300, 4)
-    assert prepared.meta.sources == (Source(name="a.txt", size=1, sha256="0"),)
+    assert prepared.meta.sources == (SourceFile(name="a.txt", size=1, sha256="0"),)
     assert prepared.tokenizer_path.is_file()
 
 
@@ -182,6 +185,17 @@ def test_one_changed_bit_is_found_when_verifying_and_only_then(name, tmp_path):
     open_prepared(tmp_path / "p")
     with pytest.raises(DataError, match=f"{name} does not have the sha256"):
         open_prepared(tmp_path / "p", verify=True)
+
+
+def test_a_directory_is_touched_when_a_file_changes_until_it_is_compared(tmp_path):
+    directory = write_directory(tmp_path / "p")
+    assert not was_touched(tmp_path / "none")
+    assert not was_touched(directory)
+    time.sleep(0.01)  # file systems tell times apart by their kernel's tick
+    shutil.copystat(directory / "meta.json", directory / "train.bin")  # as a program that sets the times back
+    assert was_touched(directory)
+    mark_compared(directory)
+    assert not was_touched(directory)
 
 
 def test_another_tokenizer_is_found_when_verifying(tmp_path):

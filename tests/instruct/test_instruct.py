@@ -17,6 +17,7 @@ from moetrain.data.loader import NOT_COUNTED, HeldOutText, Sequences, held_out_b
 from moetrain.errors import DataError
 from moetrain.instruct.build import instruction_directory, prepare_instructions
 from moetrain.instruct.template import Part, check_template, parts_of
+from moetrain.prepare.build import Options
 
 TEMPLATE = {"system": "<s>{content}\n", "user": "<u>{content}\n", "assistant": "<a> {content}!\n"}
 PAIRS = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(40)]
@@ -26,7 +27,7 @@ CHAT = {"messages": [{"role": role, "content": f"{role} {n}"} for n in range(3) 
 def prepared(directory: Path, rows: list[dict[str, Any]], **changed: Any) -> Prepared:
     (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"text": [str(directory / "rows.jsonl")], "template": TEMPLATE, "held_out": 0.3, "vocab_size": 300,
-                "tokenizer": None, "progress": lambda stage, done, total: None}  # fmt: skip
+                "tokenizer": None, "options": Options(), "progress": lambda stage, done, total: None}  # fmt: skip
     return prepare_instructions(directory / "p", **settings | changed)
 
 
@@ -91,7 +92,7 @@ def test_what_is_there_is_not_made_again_and_compressed_rows_are_the_same(tmp_pa
 def test_another_template_is_another_directory(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(PAIRS[0]))
     settings = {"name": "a", "text": [str(tmp_path / "rows.jsonl")], "held_out": 0.1, "vocab_size": 300,
-                "tokenizer": None}  # fmt: skip
+                "tokenizer": None, "options": Options()}  # fmt: skip
     assert instruction_directory(tmp_path, template=None, **settings) != instruction_directory(
         tmp_path, template=TEMPLATE, **settings
     )
@@ -100,15 +101,16 @@ def test_another_template_is_another_directory(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "line 1 is no conversation: write prompt and response, or messages"),
-        ({"messages": [{"role": "user"}]}, "line 1 is no conversation"),
+        ({"prompt": "a"}, "row 1 is no conversation: write prompt and response, or messages"),
+        ({"messages": [{"role": "user"}]}, "row 1 is no conversation"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "has the role 'tool', but the template has system, user"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no message of the assistant"),
-        (["a"], "line 1 is no row with fields"),
+        (["a"], "row 1 is not an object"),
+        ({"prompt": "\ud800", "response": "x"}, "row 1 holds half of a surrogate pair"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(tmp_path, row, message):
-    with pytest.raises(DataError, match=rf"rows\.jsonl, {message}" if "line" in message else message):
+    with pytest.raises(DataError, match=rf"rows\.jsonl, {message}" if "row 1" in message else message):
         prepared(tmp_path, [row])
     assert not (tmp_path / "p").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], "nothing half-written"
@@ -124,6 +126,37 @@ def test_a_row_that_is_no_conversation_is_named(tmp_path, row, message):
 def test_a_template_has_a_place_for_the_content(template, message):
     with pytest.raises(DataError, match=message):
         check_template(template)
+
+
+def test_where_the_assistant_says_nothing_is_counted_and_left_out(tmp_path):
+    nothing = {"prompt": "What?", "response": " "}
+    found = prepared(tmp_path, [nothing, *PAIRS, nothing])
+    assert found.meta.empty_documents == 2
+    assert found.train.num_documents + found.held_out.num_documents == len(PAIRS)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="holds only empty documents"):
+        prepared(tmp_path / "b", [nothing])
+
+
+def test_a_file_cut_short_is_told(tmp_path):
+    content = gzip.compress("\n".join(map(json.dumps, PAIRS)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(content[:-20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz is cut short"):
+        prepared(tmp_path, PAIRS, text=[str(tmp_path / "cut.jsonl.gz")])
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_tokenizer_trained_on_conversations_is_as_the_settings_say(tmp_path):
+    options = Options(tokenizer_kind="unigram", special_tokens=("<|tool|>",))
+    found = prepared(tmp_path, PAIRS, options=options)
+    about = json.loads(found.tokenizer_path.read_text())
+    assert about["model"]["type"] == "Unigram"
+    assert "<|tool|>" in {token["content"] for token in about["added_tokens"]}
+    where = {"name": "a", "text": [str(tmp_path / "rows.jsonl")], "template": None, "held_out": 0.1, "vocab_size": 300,
+             "tokenizer": None}  # fmt: skip
+    assert instruction_directory(tmp_path, options=options, **where) != instruction_directory(
+        tmp_path, options=Options(), **where
+    )
 
 
 def test_too_few_conversations_are_told(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -32,6 +33,16 @@ def test_a_terminal_shows_loss_load_and_what_the_imbalance_costs():
     # (0 + 0.9 * 2 - 1) / 2 = 0.4 more than even, half of the FLOPs in experts: 500 ms x (1 - 1 / 1.2)
     assert "83.3 ms of 500 ms a step" in text
     assert "saved at step 4" in text
+
+
+def test_a_run_that_went_back_draws_the_steps_that_count():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with LiveView(total=9, console=console) as live:
+        live.show({"step": 4, "loss": 4.0, "step_losses": [5.0, 4.0, math.nan, 3.0]})
+        live.show({"step": 6, "loss": 90.0, "step_losses": [80.0, 100.0]})
+        live.go_back(2)
+        live.show({"step": 4, "loss": 2.0, "step_losses": [3.0, 1.0]})
+    assert "loss  █▆▅▁  2.000" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_elsewhere_there_are_plain_lines():

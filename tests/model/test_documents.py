@@ -108,6 +108,20 @@ def test_one_document_to_a_sequence_is_plain_attention():
     torch.testing.assert_close(masked, gpt(tokens).logit_BSV)
 
 
+def test_all_blocks_keep_one_mask_for_the_backward_pass():
+    gpt, batch = make(MODELS["rope"]), packed()
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = gpt(batch.token_BS, document_BS=batch.document_BS).logit_BSV
+    assert logits.requires_grad
+    assert [each.shape for each in kept.values()].count((2, 1, 24, 24)) == 1
+
+
 def test_a_token_sees_its_own_document_up_to_itself():
     mask = document_mask(torch.tensor([[0, 0, 1, 1]]))
     assert mask.shape == (1, 1, 4, 4)

@@ -26,8 +26,8 @@ def test_documents_end_where_the_token_stands(capsys):
     batch.show(view(), decode=decode, samples=0)
     out = capsys.readouterr().out
     assert "step 2 of 9: samples 4 to 5, 2 sequences of 5 tokens, sha256 ffffffffffffffff" in out
-    assert "sample 4  a, epoch 0, 3 documents, 3 of them to their end\n<7>▮<8><9>▮▮\n" in out
-    assert "sample 5  [b], epoch 3, 1 documents, 0 of them to their end\n<1><2><3><4><5><6>\n" in out
+    assert "sample 4  a, epoch 0, 3 documents, 3 to the end\n<7>▮<8><9>▮▮\n" in out
+    assert "sample 5  [b], epoch 3, 1 document, 0 to the end\n<1><2><3><4><5><6>\n" in out
 
 
 def test_what_has_no_loss_is_dim():

@@ -95,3 +95,15 @@ def test_without_rensa_the_way_to_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(DataError, match=r"pip install 'moetrain\[near\]', or set prepare\.duplicates=exact"):
         require_rensa()
+
+
+def test_a_document_is_compared_with_more_than_the_first_of_those_it_shares_a_band_with():
+    draw, rows = np.random.default_rng(0), rows_per_band(0.8)
+    text = draw.integers(0, 1 << 32, size=PERMUTATIONS, dtype=np.uint32)
+    bands = range(0, PERMUTATIONS - rows + 1, rows)
+    others = draw.integers(0, 1 << 32, size=(len(bands), PERMUTATIONS), dtype=np.uint32)
+    for other, first in zip(others, bands, strict=True):
+        other[first : first + rows] = text[first : first + rows]  # comes before it in this band, and is not alike
+    digest = np.vstack([others, text, text])
+    found = near_duplicates(digest, dropped=np.zeros(len(digest), dtype=np.bool_), similarity=0.8)
+    assert np.flatnonzero(found).tolist() == [len(bands) + 1]

@@ -96,6 +96,31 @@ def test_a_window_is_waited_for_and_gives_what_it_gives_to_one_who_comes_later(t
     assert asked == [7]  # the window after these, too
 
 
+def test_of_two_threads_that_ask_the_one_that_wants_less_is_not_the_last(tmp_path):
+    """The producer would stop there, and the other one would wait for ever."""
+    blocks, asks, has_asked = counted_blocks(tmp_path, tokens=150, shape=SMALL), threading.Event(), threading.Event()
+    (blocks.directory / "end.json").unlink()
+    asked: list[int] = []
+
+    def want(number: int) -> None:
+        if number == 3:  # that of the first window, and of the next one
+            asks.set()
+            has_asked.wait(timeout=0.5)
+        blocks.want(number)
+        asked.append(number)
+        has_asked.set()
+
+    read = reader(blocks, want=want)
+    first, second = (threading.Thread(target=read.places, args=(np.array([sample]),)) for sample in (0, 25))
+    first.start()
+    assert asks.wait(timeout=20)
+    second.start()
+    for thread in (first, second):
+        thread.join(timeout=20)
+    assert asked == [3, 15]
+    assert blocks.wanted() == 15
+
+
 @pytest.mark.parametrize(
     ("kind", "error"), [("data", DataError), ("lost", LaunchError), ("crash", RuntimeError)]
 )  # fmt: skip
@@ -127,6 +152,11 @@ def test_a_position_comes_back_only_with_all_the_blocks_before_it(tmp_path):
     found, ids = blocks.read_position()
     assert found == position
     assert (ids == waiting).all()
+    path = blocks.directory / "position"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert blocks.read_position()[0] == Position(), "the ids that wait were damaged"
+    path.write_bytes(content)
     blocks.path(1).unlink()
     assert blocks.read_position()[0] == Position()
 

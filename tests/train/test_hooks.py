@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -75,6 +77,43 @@ def test_the_plan_is_held_against_steps_that_were_made(tmp_path):
         check.take({"step_losses": [2.0 if pace else math.nan], "tokens_per_second": pace, "peak_memory_gb": 2.0})
     assert said[0].startswith("step   measured 2 s;"), "100 tokens at 50 a second"
     assert json.loads((tmp_path / PLAN_FILE).read_text())["measured_step_seconds"] == 2.0
+
+
+def timed_rank(rank: int, root: str) -> tuple[list[int], int, float]:
+    """Steps that were saved, how often the ranks asked each other whether it is time, and the seconds of it all."""
+    asked, broadcast, group = 0, dist.broadcast, dist.group.WORLD
+    assert group is not None
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return broadcast(*args, **settings)
+
+    hook = SaveHook(
+        every_steps=None, every_minutes=0.4 / 60, steps=10_000, flush=lambda state: saved.append(state.step),
+        saver=Saver(Path(root), group=group, retention=Retention(keep=1), asynchronous=False),
+        fragments=list, go_on=False, warn=print, control=group, clock=Clock(Progress()),
+        manifest=lambda state: Manifest(step=state.step, tokens=0, seed=0, world_size=2, expert_parallel=1, run={},
+                                        data={}, files=[]),
+    )  # fmt: skip
+    saved: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast", counted)
+        begun = time.monotonic()
+        for step in range(1001, 1201):  # of a run that was resumed
+            # the second rank waits for the first; steps become slower
+            time.sleep(0 if rank else 0.002 if step < 1050 else 0.008)
+            dist.barrier(group)
+            hook.after_step(TrainState(step=step), left_out())
+    return saved, asked, time.monotonic() - begun
+
+
+def test_ranks_save_by_time_together_and_do_not_ask_after_every_step(ranks, tmp_path):
+    (saved, asked, seconds), (*other, _) = ranks(2, timed_rank, str(tmp_path / "checkpoints"))
+    assert [saved, asked] == other
+    assert seconds / 0.4 / 2 - 1 <= len(saved) <= seconds / 0.4
+    # half of what is left of at most 200 steps, and of that again: 8 times, and some for steps that became slower
+    assert asked <= 12 * (len(saved) + 1)
 
 
 def save_rank(rank: int, root: str) -> list[Any]:

@@ -118,6 +118,7 @@ class LogHook:
         if self._meter is not None:
             self._meter.read(self._group, steps=0)
         self._made = 0
+        self._bar.go_back(state.step)
         self.start(state)
 
     def flush(self, state: TrainState) -> None:

@@ -49,12 +49,14 @@ class SaveHook:
         self._flush, self._control, self._go_on, self._warn = flush, control, go_on, warn
         self._saver, self._fragments, self._manifest = saver, fragments, manifest
         self._last = time.monotonic()
+        self._made = self._ask_after = 0  # steps since the last save
         self._begun_step = -1
         self._failure: CheckpointError | None = None
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if self._go_on:
             self._tell(self._saver.poll())
+        self._made += 1
         by_steps = self._every_steps is not None and state.step % self._every_steps == 0
         if by_steps or state.step == self._steps or self._is_time():
             self.save(state)
@@ -75,6 +77,7 @@ class SaveHook:
             if not self._saver.asynchronous:
                 self._tell(self._saver.wait())
         self._begun_step, self._last = state.step, time.monotonic()
+        self._made = self._ask_after = 0
 
     def finish(self, state: TrainState) -> None:
         """Save where the run stops, and wait for it; there is no save to come that could make up for this one.
@@ -120,9 +123,15 @@ class SaveHook:
             )
 
     def _is_time(self) -> bool:
-        if self._every_minutes is None:
+        """Every rank asks after the same steps; the more time is left, the fewer of them."""
+        if self._every_minutes is None or self._made < self._ask_after:
             return False
-        # clocks differ between ranks: the first one decides for all
-        due = torch.tensor([int(time.monotonic() - self._last >= 60 * self._every_minutes)])
-        dist.broadcast(due, src=0, group=self._control)
-        return bool(due.item())
+        # clocks differ between ranks: the first one decides for all, and when to ask again: half of the way from here,
+        # as steps may become slower
+        waited = time.monotonic() - self._last
+        left = 60 * self._every_minutes - waited
+        half = left * self._made / (2 * max(waited, 1e-9))
+        answer = torch.tensor([int(left <= 0), self._made + max(1, int(half))])
+        dist.broadcast(answer, src=0, group=self._control)
+        is_due, self._ask_after = answer.tolist()
+        return bool(is_due)
