@@ -50,7 +50,7 @@ def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
     place: Place, slurm: Slurm, wait_until: Wait
 ) -> None:
     # SLURM counts a limit in minutes, and warns up to a minute early
-    limits = ["launch.slurm.time=1:00", "launch.slurm.save_seconds=25"]
+    limits = ["launch.slurm.time=1:00", "launch.slurm.save_seconds=25", "preflight=skip"]
     done = place.call(*place.train("queued", *IN_SLURM, *limits, ENDLESS), **slurm.environment)
     assert done.returncode == 0, done.stderr
     number = job(place, "queued")
