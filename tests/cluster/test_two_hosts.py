@@ -143,7 +143,9 @@ def test_a_launcher_that_is_killed_leaves_nothing_and_the_run_is_saved(
     assert json.loads(saved[-1].read_text())["step"] == place.step("orphan")
 
 
-def test_a_host_that_ssh_does_not_reach_is_told_at_once(place: Place, hosts: Hosts, start: Start) -> None:
+def test_a_host_that_ssh_does_not_reach_is_told_at_once(
+    place: Place, hosts: Hosts, start: Start, wait_until: Wait
+) -> None:
     hosts.cut()
     since = time.monotonic()
     try:
@@ -155,3 +157,4 @@ def test_a_host_that_ssh_does_not_reach_is_told_at_once(place: Place, hosts: Hos
     assert "node2" in errors
     assert "no sshd answers there" in errors
     assert time.monotonic() - since < 60
+    wait_until(lambda: not hosts.pids(0), seconds=30, what=lambda: f"still waits: {hosts.pids(0)}")
