@@ -17,6 +17,7 @@ from typing import Any
 
 from moetrain.config.freeze import freeze_section
 from moetrain.errors import ConfigError, DataError
+from moetrain.launch.lock import is_running
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.grid import Point
 from moetrain.sweep.settings import SweepConfig
@@ -96,6 +97,14 @@ class Sweep:
         partial = self.directory / (STATE_FILE + ".partial")
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(partial, self.directory / STATE_FILE)
+
+    def look(self) -> None:
+        """Bring what is known of the runs up to date: nobody watches those of a cluster's queue."""
+        for run in self.runs:
+            if read_result(self.run_dir(run)):
+                run.status, run.note = DONE, ""
+            elif is_running(self.run_dir(run)):
+                run.status = RUNNING
 
     def run_dir(self, run: Run) -> Path:
         """The directory of a run."""

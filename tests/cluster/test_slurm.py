@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cluster.conftest import Place
+from cluster.conftest import SETTINGS, Place
 from cluster.two_node_slurm import Slurm
 from moetrain.config.launch.settings import SlurmConfig
 from moetrain.launch.cluster.slurm import submit_array
@@ -23,7 +24,7 @@ Wait = Callable[..., None]
 
 
 def job(place: Place, name: str) -> str:
-    return str(json.loads((place.directory / "runs" / name / "launch/job.json").read_text())["job"])
+    return str(json.loads((place.run_dir(name) / "launch/job.json").read_text())["job"])
 
 
 def state(slurm: Slurm, number: str) -> str:
@@ -33,15 +34,23 @@ def state(slurm: Slurm, number: str) -> str:
     )
 
 
+def interface() -> str:
+    """One by which preflight takes nodes to reach each other: not the loopback."""
+    for place in sorted(Path("/sys/class/net").iterdir()):
+        if place.name != "lo" and (place / "operstate").read_text().strip() == "up":
+            return place.name
+    pytest.skip("needs a network interface that is up")
+
+
 def printed(place: Place, name: str) -> str:
-    return "".join(path.read_text() for path in (place.directory / "runs" / name / "log").glob("slurm-*.out"))
+    return "".join(path.read_text() for path in (place.run_dir(name) / "log").glob("slurm-*.out"))
 
 
 def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
     place: Place, slurm: Slurm, wait_until: Wait
 ) -> None:
     # SLURM counts a limit in minutes, and warns up to a minute early
-    limits = ["launch.slurm.time=1:00", "launch.slurm.save_seconds=25"]
+    limits = ["launch.slurm.time=1:00", "launch.slurm.save_seconds=25", "preflight=skip"]
     done = place.call(*place.train("queued", *IN_SLURM, *limits, ENDLESS), **slurm.environment)
     assert done.returncode == 0, done.stderr
     number = job(place, "queued")
@@ -71,6 +80,39 @@ def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
     assert unbroken.returncode == 0, unbroken.stderr
     assert steps >= saved + 3
     assert place.losses("queued")[: saved + 3] == place.losses("at once")
+
+
+def test_a_job_looks_at_its_nodes_before_the_first_step(place: Place, slurm: Slurm, wait_until: Wait) -> None:
+    run = [*IN_SLURM, "schedule.steps=6"]
+    done = place.call(*place.train("looks", *run, "launch.interface=ib77"), **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    number = job(place, "looks")
+    wait_until(lambda: state(slurm, number) == "FAILED", what=lambda: printed(place, "looks"))
+    shown = place.call(*place.words("logs", "looks"), **slurm.environment).stdout
+    for node in ("n1", "n2"):
+        assert re.search(rf"no-go +interface variables +{node} .*there is no interface ib77", shown)
+    assert "was not started: preflight says no-go" in shown
+    assert not place.metrics("looks")
+    shown = place.call(*place.words("status", "looks"), **slurm.environment).stdout
+    assert " failed " in shown
+    assert "preflight says no-go" in shown
+
+    done = place.call(*place.train("looks", *run, f"launch.interface={interface()}"), **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    number = job(place, "looks")
+    wait_until(lambda: state(slurm, number) == "COMPLETED", what=lambda: printed(place, "looks"))
+    assert place.step("looks") == 6
+    report = json.loads((place.run_dir("looks") / "preflight.json").read_text())
+    assert report["verdict"] in ("go", "warn")
+    assert len(report["found"]["measured"]["links"]) == 1
+
+
+def test_preflight_alone_is_a_job_that_is_waited_for(place: Place, slurm: Slurm) -> None:
+    words = ["name=alone in a job", *SETTINGS, *IN_SLURM, f"launch.interface={interface()}"]
+    done = place.call(*place.words("preflight", *words), **slurm.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"go +links +1 between nodes", done.stdout)
+    assert re.search(r"go +code +2 nodes", done.stdout)
 
 
 def test_a_job_that_waits_is_cancelled_where_it_is(place: Place, slurm: Slurm) -> None:
@@ -111,3 +153,20 @@ def test_an_array_runs_each_command_and_requeues_the_one_that_stops_at_its_limit
     slurm.call("scontrol", "update", f"JobId={number}_1", "StartTime=now+5")
     wait_until(lambda: state(slurm, number) == "COMPLETED COMPLETED", what=lambda: state(slurm, number))
     assert "goes back into the queue" in (tmp_path / "an array" / f"array-{number}_1.out").read_text()
+
+
+def test_a_sweep_is_an_array_of_its_runs(place: Place, slurm: Slurm, wait_until: Wait) -> None:
+    words = ["name=rates", *SETTINGS, "optim.lr=1e-3,3e-3", "launch=slurm", "launch.slurm.gpus_per_node=0",
+             "launch.processes=1", "schedule.steps=6", "checkpoint.every_steps=null"]  # fmt: skip
+    begun = place.call(*place.words("sweep", *words), **slurm.environment)
+    assert begun.returncode == 0, begun.stderr
+    number = str(json.loads((place.directory / "sweeps/rates/launch/job.json").read_text())["job"])
+    assert f"SLURM job {number}, an array of 2" in begun.stdout
+    again = place.call(*place.words("sweep", *words), **slurm.environment)
+    assert again.returncode == 2
+    assert f"already SLURM job {number}" in again.stderr
+    wait_until(lambda: state(slurm, number) == "COMPLETED COMPLETED", what=lambda: state(slurm, number))
+    shown = place.call(*place.words("sweep", "status", "sweeps/rates")).stdout
+    assert "2 done" in shown
+    done = place.call(*place.words("sweep", *words), **slurm.environment)
+    assert "next: moetrain report" in done.stdout, done.stderr

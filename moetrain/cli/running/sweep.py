@@ -89,14 +89,17 @@ def sweep(words: Sequence[str]) -> int:
 def run_points(opened: Sweep, options: Options) -> int:
     """Train what waits, by the launcher that the runs name, and show what came of it; returns the exit code.
 
-    The one place that knows how the runs of a sweep get their processes: a cluster's array of jobs belongs here.
+    The one place that knows how the runs of a sweep get their processes.
     """
     from moetrain.report.sweep import status_table
     from moetrain.sweep.queue import run_queue
 
     first = _composed(options, next(iter(opened.points.values())).overrides)
-    if first.launch.kind != "local":
-        raise ConfigError([f"launch.kind is {first.launch.kind}, but a sweep runs on this machine: use launch=local"])
+    if first.launch.kind not in ("local", "slurm"):
+        raise ConfigError([f"launch.kind is {first.launch.kind}, but a sweep runs on this machine (launch=local) or as "
+                           "an array of jobs (launch=slurm)"])  # fmt: skip
+    if first.launch.kind == "slurm":
+        return _submit(opened, options)
     _prepare(opened, options)
     stopped = run_queue(
         opened,
@@ -112,6 +115,40 @@ def run_points(opened: Sweep, options: Options) -> int:
         return STOPPED
     print(f"next: moetrain report {opened.directory}")
     return 1 if any(run.status == "failed" for run in opened.runs) else 0
+
+
+def _submit(opened: Sweep, options: Options) -> int:
+    """What waits, as one array of jobs, each run on a node of its own; returns the exit code."""
+    from moetrain.launch.cluster.slurm import refuse_queued, remember, submit_array
+    from moetrain.report.sweep import status_table
+    from moetrain.sweep.state import DONE
+
+    launches = {name: _composed(options, point.overrides).launch for name, point in opened.points.items()}
+    if any((launch.nodes or 1) > 1 for launch in launches.values()):
+        raise ConfigError(["launch.nodes is more than 1, but each run of an array has one node: leave it out"])
+    if opened.config.halving:
+        raise ConfigError(["halving needs the runs beside each other, but launch=slurm queues them: use launch=local"])
+    refuse_queued(opened.directory)
+    _prepare(opened, options)
+    opened.look()
+    opened.write()
+    waiting = [run for run in opened.runs if run.status != DONE]
+    status_table(opened)
+    if not waiting:
+        print(f"next: moetrain report {opened.directory}")
+        return 0
+    own = {run.name: ["launch.kind=local", f"launch.processes={launches[run.point].processes}"] for run in waiting}
+    job = submit_array(
+        [[*command_of(opened, run, options), *own[run.name]] for run in waiting],
+        directory=opened.directory / "launch",
+        slurm=next(iter(launches.values())).slurm,
+        name=opened.directory.name,
+        gpus=max(launch.processes or 1 for launch in launches.values()),
+        at_once=opened.config.jobs if opened.config.jobs > 1 else None,
+    )
+    remember(opened.directory, job)
+    print(f"SLURM job {job}, an array of {len(waiting)}; see moetrain sweep status {opened.directory}")
+    return 0
 
 
 def command_of(opened: Sweep, run: Run, options: Options) -> list[str]:
@@ -262,5 +299,7 @@ def _status(words: Sequence[str]) -> int:
     from moetrain.report.sweep import status_table
     from moetrain.sweep.state import Sweep
 
-    status_table(Sweep.read(Path(words[0])))
+    there = Sweep.read(Path(words[0]))
+    there.look()
+    status_table(there)
     return 0
