@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "verify": {"watch.guard", "train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
     "evaluation": {"hub", "train", "model", "data", "errors"},
     "surgery": {"evaluation", "hub", "archive", "checkpoint", "data", "plan", "config", "errors"},
-    "hub": {"archive", "checkpoint", "model", "data", "plan", "config", "errors"},
+    "hub": {"archive", "checkpoint", "model", "instruct.template", "data", "plan", "config", "errors"},
     "archive": {"checkpoint", "model", "metrics", "plan", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
     "plan": {"config", "parallel.topology", "errors"},

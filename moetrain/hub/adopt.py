@@ -7,7 +7,6 @@ an experiment beside it that trains on from there (``init.weights``).
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from moetrain.archive.expected import Expected, expected_tensors
-from moetrain.archive.written import Intervals, write_checkpoint
+from moetrain.archive.written import Intervals, made_whole, write_checkpoint
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.checks import resolve
 from moetrain.config.freeze import freeze, to_dict, write_run
@@ -31,7 +30,6 @@ from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.hub import parity
 from moetrain.hub.export import INDEX, ONE_FILE
 from moetrain.hub.families import Family, settings_of
-from moetrain.hub.generate import load_model
 from moetrain.hub.parity import Parity
 from moetrain.hub.tensors import IGNORED, Part, parts_of
 
@@ -65,21 +63,15 @@ def adopt(source: Path, out: Path, *, check: bool, warn: Callable[[str], None]) 
         CheckpointError: files are missing or damaged, or tensors are missing, left over or of another shape.
         DataError: the tokenizer is missing, or is another model's.
     """
-    if check:
-        parity.need_transformers("import with check=true")
-    if out.exists():
-        raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
-    config = _read_json(source / "config.json")
-    run, family = _settings(config, source, name=name_of(out))
-    files = _files(source)
-    parts = [_as_named(part, files) for part in parts_of(run.model, family)]
-    expected = expected_tensors(to_dict(run))
-    _hold_names(parts, files, tied=run.model.tie_embeddings)
-    tokens = _hold_tokenizer(source, config, rows=run.model.vocab_size, warn=warn)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    parity.libraries("import")
+    with made_whole(out) as partial:
+        config = _read_json(source / "config.json")
+        run, family = _settings(config, source, name=name_of(out))
+        files = _files(source)
+        parts = [_as_named(part, files) for part in parts_of(run.model, family)]
+        expected = expected_tensors(to_dict(run))
+        _hold_names(parts, files, tied=run.model.tie_embeddings)
+        tokens = _hold_tokenizer(source, config, rows=run.model.vocab_size, warn=warn)
         shutil.copyfile(source / TOKENIZER, partial / TOKENIZER)
         place = replace(run, run_dir=str(out), data=replace(run.data, tokenizer=str(out.resolve() / TOKENIZER)))
         write_run(place, partial)
@@ -87,11 +79,10 @@ def adopt(source: Path, out: Path, *, check: bool, warn: Callable[[str], None]) 
                             data={"tokenizer": tokens}, files=[], has_moments=False)  # fmt: skip
         _write(partial / "checkpoints", manifest, expected, parts, files)
         _write_experiment(partial / "configs" / "experiment", place, source=source, out=out)
-        held = _compare(source, partial, warn=warn) if check else None
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        held = parity.compared(partial, source, warn=warn) if check else None
+        if held is not None and not held.holds:
+            raise CheckpointError(f"our model makes something else of {source} than transformers does, and was "
+                                  f"removed: {held}")  # fmt: skip
     return Adopted(out, place, family.architecture, parity=held, experiment=str(run.name))
 
 
@@ -114,7 +105,7 @@ def name_of(out: Path) -> str:
 
 def _files(source: Path) -> dict[str, Path]:
     """Name of each tensor there is -> its file."""
-    safetensors = parity.need_safetensors("import")
+    _, safetensors = parity.libraries("import")
     if (source / INDEX).is_file():
         weight_map = _read_json(source / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(each, str) for each in weight_map.values()):
@@ -148,7 +139,7 @@ def _as_named(part: Part, files: dict[str, Path]) -> Part:
 
 
 def _hold_names(parts: list[Part], files: dict[str, Path], *, tied: bool) -> None:
-    safetensors = parity.need_safetensors("import")
+    _, safetensors = parity.libraries("import")
     missing = [part.name for part in parts if part.name not in files]
     wanted = {part.name for part in parts}
     ignored = (*IGNORED, *((r"lm_head\.weight",) if tied else ()))
@@ -208,7 +199,7 @@ def _write(root: Path, manifest: Manifest, expected: Expected, parts: list[Part]
 
 def _values(parts: list[Part], files: dict[str, Path]) -> Iterator[tuple[Part, Tensor]]:
     """In the shape of ours."""
-    safetensors = parity.need_safetensors("import")
+    _, safetensors = parity.libraries("import")
     file, opened = None, None
     for part in parts:
         if files[part.name] != opened:
@@ -217,18 +208,6 @@ def _values(parts: list[Part], files: dict[str, Path]) -> Iterator[tuple[Part, T
             file = safetensors.safe_open(str(opened), framework="pt")
         values = file.get_tensor(part.name)
         yield part, values.T if part.transposed else values
-
-
-def _compare(source: Path, made: Path, *, warn: Callable[[str], None]) -> Parity:
-    run, gpt = load_model(made, warn=warn)
-    tokens = parity.probe(run.model.vocab_size, context=run.model.context)
-    ours = parity.our_scores(gpt, tokens, dtype=torch.float32)
-    del gpt
-    held = parity.compare(ours, parity.their_scores(source, tokens))
-    if not held.holds:
-        raise CheckpointError(f"our model makes something else of {source} than transformers does, and was removed: "
-                              f"{held}")  # fmt: skip
-    return held
 
 
 def _write_experiment(directory: Path, run: RunConfig, *, source: Path, out: Path) -> None:

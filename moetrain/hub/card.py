@@ -14,12 +14,21 @@ from moetrain.config.identity import ORIGIN_FILE
 from moetrain.config.schema import RunConfig
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
 
+TEXT = """# in training, every document began with the end-of-text token
+prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")"""
+CHAT = """messages = [{"role": "user", "content": "Who are you?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+"""How each is asked."""
 
-def model_card(run: RunConfig, manifest: Manifest, *, run_dir: Path, family: str, dtype: str, checked: str) -> str:
+
+def model_card(
+    run: RunConfig, manifest: Manifest, *, run_dir: Path, family: str, dtype: str, checked: str, is_chat: bool
+) -> str:
     """README.md of the export.
 
     Args:
         checked: how it was held against our model.
+        is_chat: whether it has learnt from conversations.
     """
     model, moe, count = run.model, run.model.moe, count_parameters(run.model)
     sparse = "dense" if moe is None else f"{moe.num_experts} experts, {moe.top_k} for each token, router {moe.router}"
@@ -64,8 +73,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
-# in training, every document began with the end-of-text token
-prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")
+{CHAT if is_chat else TEXT}
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
 ```
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.cli.options import paths_and_settings
+from moetrain.cli.options import paths_and_settings, warn
 from moetrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def _text(run_dir: Path, wanted: _Evaluate) -> int:
     from moetrain.hub.generate import best_device, load_model
     from moetrain.metrics.console import WorkBar
 
-    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn, device=best_device())
+    run, gpt = load_model(run_dir, step=wanted.step, warn=warn, device=best_device())
     corpus = _corpus(run, run_dir, data=wanted.data)
     texts = corpus.held_out() if wanted.split == "held_out" else corpus.training()
     length = min(run.model.context, run.batch.sequence_length or run.model.context)
@@ -139,10 +138,10 @@ def _tasks(run_dir: Path, wanted: _Evaluate) -> int:
     from moetrain.evaluation.harness import run_tasks
     from moetrain.hub.generate import best_device, load_model
 
-    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn, device=best_device())
+    run, gpt = load_model(run_dir, step=wanted.step, warn=warn, device=best_device())
     reason = sees_others(run.model.moe)
     if reason:
-        _warn(f"{reason}: each example is read by itself")
+        warn(f"{reason}: each example is read by itself")
     found = run_tasks(
         gpt,
         load_tokenizer(run_dir / TOKENIZER),
@@ -183,7 +182,3 @@ def _corpus(run: RunConfig, run_dir: Path, *, data: list[str]) -> Corpus:
 def _batches(text: HeldOutText, length: int, micro_batch: int, most: int | None) -> int:
     sequences = -(-(text.num_tokens - 1) // length)
     return -(-min(sequences, most or sequences) // micro_batch)
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

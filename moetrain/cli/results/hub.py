@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.cli.options import paths_and_settings
+from moetrain.cli.options import paths_and_settings, warn
 from moetrain.errors import ConfigError
 
 HELP = {
@@ -74,7 +73,7 @@ def export(words: Sequence[str]) -> int:
     from moetrain.hub.export import export as write
 
     done = write(run_dir, out, step=wanted.step, dtype=wanted.dtype, shard_bytes=int(wanted.shard_gb * 1e9),
-                 check=wanted.check, warn=_warn)  # fmt: skip
+                 check=wanted.check, warn=warn)  # fmt: skip
     files = "1 file" if done.files == 1 else f"{done.files} files"
     print(f"{done.directory}: {done.family}, {in_bytes(done.nbytes)} of weights in {files}")
     print(f"held against our model: {done.parity}" if done.parity else "not held against our model (check=false)")
@@ -88,7 +87,7 @@ def import_(words: Sequence[str]) -> int:
     from moetrain.hub.adopt import adopt
     from moetrain.plan.flops import count_parameters, format_count
 
-    done = adopt(source, out, check=wanted.check, warn=_warn)
+    done = adopt(source, out, check=wanted.check, warn=warn)
     count = count_parameters(done.run.model)
     print(
         f"{out}: {done.family}, {format_count(count.total)} parameters, {format_count(count.active)} active per token"
@@ -104,7 +103,3 @@ def _out(given: str | None, problems: list[str], *, example: str) -> Path:
     if problems:
         raise ConfigError(problems)
     return Path(str(given))
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

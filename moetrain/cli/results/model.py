@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.options import number
+from moetrain.cli.options import number, warn
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,13 +79,13 @@ def write(wanted: SampleConfig) -> tuple[RunConfig, Iterator[Written]]:
     from moetrain.hub.generate import Sampling, best_device, generate, load_model
 
     run_dir = Path(wanted.run_dir)
-    run, gpt = load_model(run_dir, warn=_warn, device=best_device())
+    run, gpt = load_model(run_dir, warn=warn, device=best_device())
     watch = None
     if wanted.colour == "experts":
         watch = _watched(run, layer=wanted.layer)
     reason = sees_others(run.model.moe)
     if reason is not None:
-        _warn(f"{reason}: every token reads the whole text anew, and what it gets is not what it got in training")
+        warn(f"{reason}: every token reads the whole text anew, and what it gets is not what it got in training")
     sampling = Sampling(
         max_tokens=wanted.max_tokens,
         temperature=wanted.temperature,
@@ -112,7 +111,3 @@ def _watched(run: RunConfig, *, layer: int | None) -> int:
     if layer is not None and layer >= layers:
         raise ConfigError([f"layer is {layer}, but {run.name} has {layers} MoE blocks: use 0 to {layers - 1}"])
     return layers // 2 if layer is None else layer
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.cli.options import paths_and_settings
+from moetrain.cli.options import paths_and_settings, warn
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,20 +71,20 @@ def _operate(run_dir: Path, kind: str, wanted: _Surgery) -> Outcome:
     if kind == "upcycle":
         experts = wanted.num_experts or 8
         return operate.operate(
-            run_dir, out, warn=_warn, steps=lambda _, new: plan.upcycle(new),
+            run_dir, out, warn=warn, steps=lambda _, new: plan.upcycle(new),
             change=lambda model: plan.upcycled(model, num_experts=experts, top_k=wanted.top_k or 2, every=wanted.every),
         )  # fmt: skip
     if kind == "grow":
         more = wanted.num_experts or 0
         return operate.operate(
-            run_dir, out, warn=_warn, steps=plan.grow,
+            run_dir, out, warn=warn, steps=plan.grow,
             change=lambda model: plan.grown(model, num_experts=more, top_k=wanted.top_k),
         )  # fmt: skip
-    share_LE = operate.usage(run_dir, warn=_warn)
+    share_LE = operate.usage(run_dir, warn=warn)
     fewer = wanted.num_experts or max(operate.alive(share_LE, least=wanted.least), default=0)
     keep = operate.most_used(share_LE, num_experts=fewer)
     return operate.operate(
-        run_dir, out, warn=_warn, steps=lambda old, _: plan.prune(old, keep=keep),
+        run_dir, out, warn=warn, steps=lambda old, _: plan.prune(old, keep=keep),
         change=lambda model: plan.pruned(model, num_experts=fewer),
     )  # fmt: skip
 
@@ -103,7 +102,3 @@ def _tell(done: Outcome) -> None:
         print(f"  MoE block {layer}: fullest expert {max(share_E) * len(share_E):.2f}x the mean, "
               f"{sum(not share for share in share_E)} idle")  # fmt: skip
     print(f"to go on:  moetrain train --config-dir {done.run_dir}/configs experiment={done.experiment}")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
