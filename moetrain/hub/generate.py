@@ -16,8 +16,9 @@ from moetrain.checkpoint.state import Fragment, load, newest_whole
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.freeze import read_run
 from moetrain.config.schema import RunConfig
-from moetrain.data.tokenizer import end_of_text, vocabulary_size
-from moetrain.errors import CheckpointError
+from moetrain.data.corpus import TOKENIZER
+from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, vocabulary_size
+from moetrain.errors import CheckpointError, DataError
 from moetrain.model.attention import KeyValues
 from moetrain.model.build import build_model
 from moetrain.model.gpt import GPT
@@ -28,6 +29,7 @@ def newest_or(run_dir: Path, *, step: int | None, warn: Callable[[str], None]) -
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        DataError: the tokenizer beside it is missing, or another one.
     """
     run, root = read_run(run_dir), run_dir / "checkpoints"
     if step is not None:
@@ -35,11 +37,17 @@ def newest_or(run_dir: Path, *, step: int | None, warn: Callable[[str], None]) -
         if step not in found:
             there = ", ".join(map(str, found)) or "none yet"
             raise CheckpointError(f"{run_dir} has no checkpoint of step {step}: there is {there}")
-        return run, found[step], store.verify(found[step])
-    newest = newest_whole(root, warn=warn)
-    if newest is None:
-        raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
-    return run, *newest
+        directory, manifest = found[step], store.verify(found[step])
+    else:
+        newest = newest_whole(root, warn=warn)
+        if newest is None:
+            raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
+        directory, manifest = newest
+    trained = manifest.data.get("tokenizer")
+    if trained is not None and fingerprint(load_tokenizer(run_dir / TOKENIZER)) != trained:
+        raise DataError(f"{run_dir / TOKENIZER} is not the tokenizer that {directory} was trained with: put that one "
+                        "there again")  # fmt: skip
+    return run, directory, manifest
 
 
 def load_model(

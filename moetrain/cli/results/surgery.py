@@ -33,6 +33,8 @@ examples:
 """,
 }
 KINDS = ("upcycle", "grow", "prune")
+_ONLY = {"every": ("upcycle",), "least": ("prune",), "top_k": ("upcycle", "grow")}
+"""Settings that are not for each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,9 @@ def surgery(words: Sequence[str]) -> int:
         problems.append("num_experts is not given, but grow wants to know how many")
     problems += [f"{name} is 0, but must be at least 1" for name in ("num_experts", "top_k", "every")
                  if getattr(wanted, name) == 0]  # fmt: skip
-    if str(kind) != "upcycle" and wanted.every != 1:
-        problems.append(f"every is {wanted.every}, but belongs to upcycle")
+    problems += [f"{name} is {getattr(wanted, name)}, but does not belong to {kind}: leave it out"
+                 for name, kinds in _ONLY.items()
+                 if str(kind) not in kinds and getattr(wanted, name) != getattr(_Surgery(), name)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
     _tell(_operate(run_dir, str(kind), wanted))
@@ -81,7 +84,11 @@ def _operate(run_dir: Path, kind: str, wanted: _Surgery) -> Outcome:
             change=lambda model: plan.grown(model, num_experts=more, top_k=wanted.top_k),
         )  # fmt: skip
     share_LE = operate.usage(run_dir, warn=warn)
-    fewer = wanted.num_experts or max(operate.alive(share_LE, least=wanted.least), default=0)
+    alive = list(operate.alive(share_LE, least=wanted.least))
+    if wanted.num_experts is None and share_LE and max(alive) == len(share_LE[0]):
+        raise ConfigError([f"no number is given, and {run_dir} has a block in which every expert gets more than "
+                           f"{wanted.least:g} of a fair share: say num_experts, or a larger least"])  # fmt: skip
+    fewer = wanted.num_experts or max(alive, default=0)
     keep = operate.most_used(share_LE, num_experts=fewer)
     return operate.operate(
         run_dir, out, warn=warn, steps=lambda old, _: plan.prune(old, keep=keep),
