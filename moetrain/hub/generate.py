@@ -110,7 +110,7 @@ class Written:
 def generate(
     gpt: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     sampling: Sampling,
     context: int,
@@ -120,7 +120,7 @@ def generate(
     """Write on from each prompt, piece by piece, until its document ends.
 
     Args:
-        prompts: an empty one begins a new document.
+        prompts: texts, each the beginning of a document, an empty one of a new one; or token ids, as they are.
         context: tokens the model looks back at most; from there on every token reads the whole window anew.
         cache: keep keys and values from token to token, and read the prompts together. Not for a model in which a
             token's experts depend on the tokens beside it (``config.routers.sees_others``).
@@ -158,9 +158,11 @@ def generate(
 class _Row:
     """One text that is being written."""
 
-    def __init__(self, number: int, tokenizer: Tokenizer, prompt: str, *, sampling: Sampling) -> None:
+    def __init__(self, number: int, tokenizer: Tokenizer, prompt: str | Sequence[int], *, sampling: Sampling) -> None:
         self.number = number
-        self.ids = [end_of_text(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        if isinstance(prompt, str):
+            prompt = [end_of_text(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        self.ids = list(prompt)
         self.ended = False
         self.generator = torch.Generator().manual_seed(sampling.seed + number)
         self._tokenizer, self._stop = tokenizer, sampling.stop
