@@ -116,6 +116,7 @@ ONLY_IN = {
     "deepspeed": {"train.engine", "bench.peers"},
     # held against our models
     "transformers": {"bench.peers", "hub.parity"},
+    "gguf": {"hub.gguf.export"},
     "wandb": {"metrics.log"},
     "datasets": {"sources.hub"},
     "fsspec": {"checkpoint.remote"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,11 @@ def test_a_model_goes_out_and_comes_in(moetrain_in_process, place):
         (("export",), "0 paths are given, but it takes 1 (RUN)"),
         (("export", "runs/tiny"), "out is not given"),
         (("export", "runs/tiny", "out=a", "dtype=fp8"), "dtype is 'fp8', but must be one of fp32, bf16, fp16"),
-        (("export", "runs/tiny", "out=a", "format=gguf"), "format is 'gguf', but must be one of hf"),
+        (("export", "runs/tiny", "out=a", "format=onnx"), "format is 'onnx', but must be one of hf, gguf"),
+        (
+            ("export", "runs/tiny", "out=a", "format=gguf", "shard_gb=1"),
+            "shard_gb is 1.0, but format=gguf writes one file",
+        ),
         (("export", "runs/tiny", "out=a", "shard_gb=0"), "shard_gb is 0.0, but must be above 0"),
         (("export", "runs/tiny", "out=a", "step=5"), "has no checkpoint of step 5: there is 7"),
         (("export", "runs/tiny", "out=a", "--fast"), "--fast is not an option"),
@@ -82,10 +87,19 @@ def test_another_tokenizer_than_it_was_trained_with_is_told(moetrain_in_process,
     assert not (place / "a").exists()
 
 
+def test_a_model_goes_out_for_llama_cpp(moetrain_in_process, place, monkeypatch):
+    pytest.importorskip("gguf", reason="needs gguf: pip install 'moetrain[gguf]'")
+    done = moetrain_in_process("export", "runs/tiny", "out=a", "format=gguf", "dtype=fp16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a: MixtralForCausalLM" in done.stdout
+    assert "not held against our model (format=gguf)" in done.stdout
+    assert sorted(path.name for path in (place / "a").iterdir()) == ["README.md", "model.gguf"]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert_told(moetrain_in_process("export", "runs/tiny", "out=b", "format=gguf"), "pip install 'moetrain[gguf]'")
+
+
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_without_transformers_it_says_what_to_install(moetrain_in_process, monkeypatch, verb):
-    import sys
-
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert_told(moetrain_in_process(verb, "runs/tiny", "out=a"), "pip install 'moetrain[hf]'")
 

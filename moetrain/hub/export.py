@@ -81,7 +81,7 @@ def export(
         wanted = DTYPES[dtype or run.model.dtype]
         files = _write_weights(partial, Stored(directory), list(parts_of(run.model, family)), dtype=wanted,
                                shard_bytes=shard_bytes)  # fmt: skip
-        template = _template(run)
+        template = template_of(run)
         _write_settings(partial, run, family, tokenizer, dtype=wanted, template=template)
         shutil.copyfile(run_dir / TOKENIZER, partial / TOKENIZER)
         held = None
@@ -93,7 +93,7 @@ def export(
                 )
         checked = "not against the model it was made from" if held is None else str(held)
         card = model_card(run, manifest, run_dir=run_dir, family=family.architecture, dtype=str(wanted)[6:],
-                          checked=checked, is_chat=template is not None)  # fmt: skip
+                          checked=checked, use="text" if template is None else "chat")  # fmt: skip
         (partial / "README.md").write_text(card, encoding="utf-8")
     size = sum((out / name).stat().st_size for name in files)
     return Exported(out, family.architecture, files=len(files), nbytes=size, parity=held)
@@ -117,7 +117,7 @@ def _write_weights(
                                                  for i in range(len(shards))]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
         # the bias of a choice moves in steps that bf16 cannot hold
-        tensors = {part.name: _read(stored, part).to(torch.float32 if part.is_state else dtype) for part in shard}
+        tensors = {part.name: read_part(stored, part).to(torch.float32 if part.is_state else dtype) for part in shard}
         safetensors.torch.save_file(tensors, str(directory / name), metadata={"format": "pt"})
     if len(shards) > 1:
         where = {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard}
@@ -136,7 +136,12 @@ def _shards(parts: list[Part], *, itemsize: int, most: int) -> Iterator[list[Par
     yield shard
 
 
-def _read(stored: Stored, part: Part) -> Tensor:
+def read_part(stored: Stored, part: Part) -> Tensor:
+    """A tensor of theirs, from a checkpoint of ours, in its shape.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     if not part.ours:
         return torch.zeros(part.shape)
     if part.ours not in stored.tensors:
@@ -171,7 +176,7 @@ def _write_settings(
     _write_json(directory / "tokenizer_config.json", told)
 
 
-def _template(run: RunConfig) -> dict[str, str] | None:
+def template_of(run: RunConfig) -> dict[str, str] | None:
     """How conversations became text for it; None: it has read none."""
     for source in sources_of(run.data).values():
         record = Path(source.prepared) / COUNTED if source.prepared is not None else None
