@@ -1,13 +1,15 @@
-"""Tune an exported model to preferences with TRL: by DPO, or into a reward model.
+"""Tune an exported model to preferences with TRL: by DPO, or by a reward model and RLOO.
 
     moetrain export runs/tiny out=tiny-hf
     python scripts/preferences.py dpo tiny-hf pairs.jsonl tiny-dpo
     python scripts/preferences.py reward tiny-hf pairs.jsonl tiny-reward
+    python scripts/preferences.py rloo tiny-hf pairs.jsonl tiny-rloo --reward tiny-reward
     moetrain import tiny-dpo out=runs/tiny-dpo
 
 Each row of pairs.jsonl has the texts prompt, chosen and rejected. The last pairs are held out; what the model makes of
 them is told before and after. DPO: Rafailov et al. 2023, arXiv:2305.18290; the reward model has the loss of Bradley and
-Terry, as in Ouyang et al. 2022, arXiv:2203.02155. What comes out is fp32, with the tokenizer of the model it was made
+Terry, as in Ouyang et al. 2022, arXiv:2203.02155; RLOO, for which the prompts alone count: Ahmadian et al. 2024,
+arXiv:2402.14740. What comes out is fp32, with the tokenizer of the model it was made
 from.
 """
 
@@ -24,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("prompt", "chosen", "rejected")
-RATES = {"dpo": 1e-6, "reward": 1e-4}
+RATES = {"dpo": 1e-6, "reward": 1e-4, "rloo": 1e-6}
 """Peak learning rates, where none is given."""
-SHOWN = {"dpo": ("loss", "rewards/margins", "rewards/accuracies"), "reward": ("loss", "margin", "accuracy")}
+SHOWN = {"dpo": ("loss", "rewards/margins", "rewards/accuracies"), "reward": ("loss", "margin", "accuracy"),
+         "rloo": ("reward", "kl")}  # fmt: skip
+ANSWERS = 4
+"""Of RLOO, to each prompt."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -41,6 +46,8 @@ def main() -> None:
             raise ValueError(f"{options.out} exists already: name another directory, or remove it first")
         if not (options.model / "config.json").is_file():
             raise ValueError(f"{options.model} has no config.json: name a directory that moetrain export has written")
+        if (options.reward is not None) != (options.how == "rloo"):
+            raise ValueError("--reward names a reward model, which rloo needs and nothing else does")
         tune(options, read_pairs(options.pairs))
     except (ValueError, OSError, ImportError) as error:
         print(f"preferences: {error}", file=sys.stderr)
@@ -56,11 +63,13 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="a directory that is not there yet")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=8, help="pairs a step, on each device")
-    parser.add_argument("--lr", type=float, help="peak learning rate; 1e-6 for dpo, 1e-4 for reward")
-    parser.add_argument("--beta", type=float, default=0.1, help="of dpo: how dear it is to leave the old model")
+    parser.add_argument("--lr", type=float, help="peak learning rate; without it, 1e-6, and 1e-4 for reward")
+    parser.add_argument("--beta", type=float, default=0.1, help="not of reward: how dear it is to leave the old model")
     parser.add_argument(
         "--held-out", type=float, default=0.1, help="share of the pairs that is not learnt, the last ones"
     )
+    parser.add_argument("--reward", type=Path, help="of rloo: a directory that reward has written")
+    parser.add_argument("--tokens", type=int, default=128, help="of rloo: of an answer, at most")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(words)
 
@@ -111,11 +120,14 @@ def tune(options: argparse.Namespace, pairs: list[dict[str, str]]) -> None:
     if options.how == "reward" and type(architecture) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(f"transformers has no reward model of the architecture {architecture.model_type}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.how == "rloo" and options.tokens >= tokenizer.model_max_length:
+        raise ValueError(f"--tokens is {options.tokens}, but must leave room for a prompt in the model's context of "
+                         f"{tokenizer.model_max_length}")  # fmt: skip
     rows = [as_learnt(pair, tokenizer) for pair in pairs]
     learnt = max(1, math.floor(len(rows) * (1 - options.held_out)))
-    config, trainer_of = {"dpo": (trl.DPOConfig, trl.DPOTrainer), "reward": (trl.RewardConfig, trl.RewardTrainer)}[
-        options.how
-    ]
+    config, trainer_of = {"dpo": (trl.DPOConfig, trl.DPOTrainer), "reward": (trl.RewardConfig, trl.RewardTrainer),
+                          "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[options.how]  # fmt: skip
+    given = {} if options.reward is None else {"reward_funcs": str(options.reward)}
     with tempfile.TemporaryDirectory() as place:
         trainer = trainer_of(
             model=str(options.model),
@@ -123,6 +135,7 @@ def tune(options: argparse.Namespace, pairs: list[dict[str, str]]) -> None:
             train_dataset=Dataset.from_list(rows[:learnt]),
             eval_dataset=Dataset.from_list(rows[learnt:]),
             processing_class=tokenizer,
+            **given,
         )
         before = trainer.evaluate()
         trainer.train()
@@ -134,7 +147,7 @@ def tune(options: argparse.Namespace, pairs: list[dict[str, str]]) -> None:
     for name in TOKENIZER_FILES:
         shutil.copyfile(options.model / name, partial / name)
     os.rename(partial, options.out)
-    if options.how == "dpo":
+    if options.how != "reward":
         print(f"to take it back:  moetrain import {options.out} out=runs/{options.out.name}")
 
 
@@ -147,14 +160,18 @@ def settings(options: argparse.Namespace, place: str, *, context: int) -> dict[s
     """
     import torch
 
-    own = {"beta": options.beta} if options.how == "dpo" else {}
+    own = {
+        "dpo": {"beta": options.beta, "max_length": context},
+        "reward": {"max_length": context},
+        "rloo": {"beta": options.beta, "max_completion_length": options.tokens, "num_generations": ANSWERS},
+    }[options.how]
+    rows = options.batch * (ANSWERS if options.how == "rloo" else 1)
     return own | {
         "output_dir": place,
         "num_train_epochs": options.epochs,
-        "per_device_train_batch_size": options.batch,
-        "per_device_eval_batch_size": options.batch,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
         "learning_rate": RATES[options.how] if options.lr is None else options.lr,
-        "max_length": context,
         "bf16": torch.cuda.is_available(),
         "seed": options.seed,
         "save_strategy": "no",
@@ -165,7 +182,7 @@ def settings(options: argparse.Namespace, place: str, *, context: int) -> dict[s
 def tell(how: str, before: dict[str, float], after: dict[str, float], *, pairs: int) -> None:
     """A line for each number: before, after."""
     print(f"{pairs} held-out pairs")
-    for name in SHOWN[how]:
+    for name in (each for each in SHOWN[how] if f"eval_{each}" in after):  # no kl where nothing holds it back
         print(f"{name.rpartition('/')[2]:12} {before[f'eval_{name}']:8.4f} before  {after[f'eval_{name}']:8.4f} after")
 
 

@@ -107,6 +107,19 @@ def test_a_reward_model_orders_the_pairs(script, place):
     assert told["margin"][1] == pytest.approx(sum(gaps) / len(gaps), rel=1e-3)
 
 
+def test_rloo_earns_more_of_the_reward_and_the_model_comes_back(script, place):
+    pytest.importorskip("trl", reason="needs trl: pip install 'moetrain[trl]'")
+    # a judge of strong words: what a weak one gives to 40 answers is lost in the noise of drawing them
+    script("reward", str(place / "hf"), str(place / "pairs.jsonl"), str(place / "judge"), "--lr", "1e-2",
+           "--epochs", "10")  # fmt: skip
+    told = script("rloo", str(place / "hf"), str(place / "pairs.jsonl"), str(place / "rloo"), "--lr", "1e-2",
+                  "--epochs", "15", "--beta", "1e-3", "--tokens", "8", "--held-out", "0.25",
+                  "--reward", str(place / "judge"))  # fmt: skip
+    assert told["kl"][0] == pytest.approx(0, abs=1e-3)
+    assert told["reward"][1] > told["reward"][0] + 0.7
+    adopt(place / "rloo", place / "rewarded", check=True, warn=pytest.fail)
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -133,6 +146,7 @@ def test_what_cannot_be_is_told_before_anything_runs(script, place, tmp_path, ca
         (("dpo", str(place / "hf"), pairs, str(tmp_path)), "exists already"),
         (("dpo", str(place / "hf"), pairs, str(tmp_path / "out"), "--held-out", "1"), "--held-out is 1.0"),
         (("dpo", str(place / "hf"), str(tmp_path / "no.jsonl"), str(tmp_path / "out")), "no.jsonl"),
+        (("rloo", str(place / "hf"), pairs, str(tmp_path / "out")), "--reward names a reward model, which rloo needs"),
         (("dpo", str(place / "hf"), pairs, str(tmp_path / "out")), "pip install 'moetrain[trl]'"),
     ):
         with pytest.raises(SystemExit) as ended:
