@@ -20,6 +20,8 @@ from moetrain.hub.generate import load_model
 from moetrain.hub.gguf.export import FILE, export_gguf
 from moetrain.model.gpt import GPT
 
+pytest.importorskip("gguf", reason="needs gguf: pip install 'moetrain[gguf]'")
+
 MIXTRAL = ModelConfig(vocab_size=300, context=48, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=24,
                       moe=MoEConfig(num_experts=4, top_k=2, d_expert=16))  # fmt: skip
 MODELS = {
