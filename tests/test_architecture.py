@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "verify": {"watch.guard", "train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
     "evaluation": {"hub", "train", "checkpoint", "model", "data", "config", "errors"},
     "surgery": {"evaluation", "hub", "archive", "checkpoint", "data", "plan", "config", "errors"},
-    "hub": {"archive", "checkpoint", "model", "data", "plan", "config", "errors"},
+    "hub": {"archive", "checkpoint", "model", "instruct.template", "data", "plan", "config", "errors"},
     "archive": {"checkpoint", "model", "metrics", "plan", "config", "errors"},
     "checkpoint": {"parallel", "config", "errors"},
     "plan": {"config", "parallel.topology", "errors"},
@@ -116,6 +116,7 @@ ONLY_IN = {
     "deepspeed": {"train.adopted.experts", "train.adopted.stage3", "bench.peers"},
     # held against our models
     "transformers": {"bench.peers", "hub.parity"},
+    "gguf": {"hub.gguf.export"},
     "wandb": {"metrics.log"},
     "datasets": {"sources.hub"},
     "fsspec": {"checkpoint.remote"},

@@ -309,11 +309,11 @@ class TestSample:
         [
             ((), "runs/tiny/run.yaml does not exist: name the directory of a run, e.g. run_dir=runs/tiny"),
             (("run_dir=a=b, c",), "a=b, c/run.yaml does not exist"),
-            (("hello",), "'hello' is not a setting: write key=value, e.g. prompt=\"My fellow citizens\""),
+            (("hello",), "hello/run.yaml does not exist: name the directory of a run"),
             (("promt=a",), "'promt' is not a setting; did you mean 'prompt'?"),
             (
                 ("zzz=a",),
-                "'zzz' is not a setting: use run_dir, prompt, max_tokens, temperature, top_k, top_p, seed, stop",
+                "'zzz' is not a setting: use run_dir, step, prompt, max_tokens, temperature, top_k, top_p, seed, stop",
             ),
             (("max_tokens=ten",), "'max_tokens' is 'ten', but must be a whole number"),
             (("max_tokens=1.5",), "'max_tokens' is 1.5, but must be a whole number"),

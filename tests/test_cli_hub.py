@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from own_runs import write_tiny
 from moetrain.cli.options import Options, settings
 from moetrain.config.freeze import read_run
 from moetrain.config.identity import unlike
+from moetrain.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,7 @@ def test_a_model_goes_out_and_comes_in(moetrain_in_process, place):
     assert unlike(read_run(place / "runs" / "tiny"), run) == []
     assert unlike(read_run(place / "runs" / "back"), run) == []
     assert (run.init.weights, run.data.tokenizer) == (str(place / "runs/back"), str(place / "runs/back/tokenizer.json"))
+    assert_told(moetrain_in_process("evaluate", "runs/back"), "runs/back has no prepared text of its own: name some by")
     # other settings are refused before anything starts
     words = ("--config-dir", "runs/back/configs", "experiment=back", "model.norm=layernorm", "model.moe.num_experts=5",
              f"data.prepared={place / 'of tiny' / 'prepared'}")  # fmt: skip
@@ -56,7 +59,11 @@ def test_a_model_goes_out_and_comes_in(moetrain_in_process, place):
         (("export",), "0 paths are given, but it takes 1 (RUN)"),
         (("export", "runs/tiny"), "out is not given"),
         (("export", "runs/tiny", "out=a", "dtype=fp8"), "dtype is 'fp8', but must be one of fp32, bf16, fp16"),
-        (("export", "runs/tiny", "out=a", "format=gguf"), "format is 'gguf', but must be one of hf"),
+        (("export", "runs/tiny", "out=a", "format=onnx"), "format is 'onnx', but must be one of hf, gguf"),
+        (
+            ("export", "runs/tiny", "out=a", "format=gguf", "shard_gb=1"),
+            "shard_gb is 1.0, but format=gguf writes one file",
+        ),
         (("export", "runs/tiny", "out=a", "shard_gb=0"), "shard_gb is 0.0, but must be above 0"),
         (("export", "runs/tiny", "out=a", "step=5"), "has no checkpoint of step 5: there is 7"),
         (("export", "runs/tiny", "out=a", "--fast"), "--fast is not an option"),
@@ -70,10 +77,29 @@ def test_what_is_wrong_is_told(moetrain_in_process, place, words, told):
     assert not (place / "a").exists()
 
 
+@pytest.mark.parametrize("words", [("export", "runs/tiny", "out=a"), ("sample", "runs/tiny"), ("evaluate", "runs/tiny"),
+                                   ("surgery", "runs/tiny", "grow", "out=a", "num_experts=6")])  # fmt: skip
+def test_another_tokenizer_than_it_was_trained_with_is_told(moetrain_in_process, place, words):
+    train_tokenizer(iter(["something else"]), vocab_size=280).save("runs/tiny/tokenizer.json")
+    assert_told(
+        moetrain_in_process(*words), "runs/tiny/tokenizer.json is not the tokenizer that runs/tiny/checkpoints/"
+    )
+    assert not (place / "a").exists()
+
+
+def test_a_model_goes_out_for_llama_cpp(moetrain_in_process, place, monkeypatch):
+    pytest.importorskip("gguf", reason="needs gguf: pip install 'moetrain[gguf]'")
+    done = moetrain_in_process("export", "runs/tiny", "out=a", "format=gguf", "dtype=fp16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a: MixtralForCausalLM" in done.stdout
+    assert "not held against our model (format=gguf)" in done.stdout
+    assert sorted(path.name for path in (place / "a").iterdir()) == ["README.md", "model.gguf"]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert_told(moetrain_in_process("export", "runs/tiny", "out=b", "format=gguf"), "pip install 'moetrain[gguf]'")
+
+
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_without_transformers_it_says_what_to_install(moetrain_in_process, monkeypatch, verb):
-    import sys
-
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert_told(moetrain_in_process(verb, "runs/tiny", "out=a"), "pip install 'moetrain[hf]'")
 
@@ -83,6 +109,13 @@ class TestSample:
         out = moetrain_in_process("sample", "prompt=the state", "max_tokens=5", "temperature=0").stdout
         assert out.startswith("the state")
         assert len(out) > len("the state") + 3
+
+    def test_the_run_may_stand_first(self, moetrain_in_process, place):
+        words = ("prompt=the", "max_tokens=5", "temperature=0")
+        before = moetrain_in_process("sample", *words).stdout
+        (place / "runs" / "tiny").rename(place / "other")
+        assert moetrain_in_process("sample", "other", "step=7", *words).stdout == before
+        assert moetrain_in_process("sample", "run_dir=other", *words).stdout == before
 
     def test_several_prompts_come_one_after_the_other(self, moetrain_in_process):
         words = ("max_tokens=5", "seed=2")
@@ -120,6 +153,10 @@ class TestSample:
             (("top_p=1.5",), "top_p is 1.5, but must lie in (0, 1]"),
             (("colour=red",), "colour is 'red', but must be one of none, experts"),
             (("stop=",), "stop is empty"),
+            (("layer=1",), "layer is 1, but belongs to colour=experts"),
+            (("runs/tiny", "runs/other"), "'runs/other' is not a setting"),
+            (("runs/tiny", "step=3"), "has no checkpoint of step 3: there is 7"),
+            (("--fast",), "'--fast' is not a setting"),
             (("colour=experts", "layer=2"), "layer is 2, but tiny has 2 MoE blocks: use 0 to 1"),
         ],
     )

@@ -46,7 +46,7 @@ def shelf(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "line"), CASES)
-def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
+def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request, monkeypatch):
     words = shlex.split(line, comments=True)
     if words[:2] == ["moetrain", "checkpoint"]:
         runs = request.getfixturevalue("real_runs")
@@ -57,6 +57,15 @@ def test_a_command_of_the_docs_runs(page, line, shelf, capsys, request):
         a_sweep(shelf / "sweeps" / "expert_count")
     if words[1] in ("export", "evaluate", "sample"):
         write_tiny(shelf / "runs" / "tiny", shelf / "of tiny")
+    if words[:2] == ["moetrain", "import"]:
+        write_tiny(shelf / "runs" / "tiny", shelf / "of tiny")
+        assert main(["export", "runs/tiny", f"out={words[2]}", "check=false"]) == 0
+    if words[:2] == ["python", "scripts/preferences.py"]:
+        monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+        from preferences import arguments
+
+        arguments(words[2:])  # it runs in tests/hub/test_preferences.py
+        return
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return

@@ -112,7 +112,7 @@ def test_a_run_learns_and_says_what_it_reached(place, unbroken):
     assert losses(place, "unbroken")[-1] < losses(place, "unbroken")[0] - 0.5
     assert len(losses(place, "unbroken")) == STEPS
     for text in ("is finished", "bits per byte", "byte trigram", "xz -9e", "fullest expert", "a sample", "next",
-                 "moetrain sample run_dir=runs/unbroken"):  # fmt: skip
+                 "moetrain sample runs/unbroken"):  # fmt: skip
         assert text in unbroken.stdout
     assert "Traceback" not in unbroken.stdout + unbroken.stderr
     for file in ("run.yaml", "origin.json", "loss.png", "expert_load.png", "checkpoints/step_00000024/manifest.json"):

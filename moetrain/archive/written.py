@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +22,33 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moetrain.checkpoint import store
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, ConfigError
 
 FILE_ELEMENTS = 1 << 30
 """In one data file, about."""
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A directory to write in, beside ``out``: it gets that name, on the disk, when all went well, else it goes.
+
+    Raises:
+        ConfigError: ``out`` is there already.
+    """
+    if out.exists():
+        raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            store.sync(path)
+        os.rename(partial, out)
+        store.sync(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 class Intervals:

@@ -120,13 +120,13 @@ def commit(root: Path, manifest: Manifest) -> Path:
         json.dump(asdict(manifest), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(partial)
+    sync(partial)
     if final.exists():
         # the same step saved again, after a resume from an older one: out of the way by a rename, so that
         # no moment sees half a checkpoint under a whole one's name
         _rename_over(final, _with_suffix(final, ".replaced.partial"))
     os.rename(partial, final)
-    _sync_directory(root)
+    sync(root)
     return final
 
 
@@ -340,8 +340,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file or the names in a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -162,6 +163,11 @@ def _default_name(choices: dict[str, str], *, is_dense: bool) -> str:
     if is_dense:
         return f"{choices['model']}-dense"
     return choices["model"] if moe in ("preset", "none") else f"{choices['model']}-{moe}"
+
+
+def warn(message: str) -> None:
+    """Tell what a user should know beside the result."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def number(text: str) -> int | float | str:

@@ -343,6 +343,8 @@ class SampleConfig:
 
     run_dir: str = "runs/tiny"
     """A run with a checkpoint."""
+    step: int | None = None
+    """Of the checkpoint. null: the newest whole one."""
     prompt: list[str] = field(default_factory=lambda: [""])
     """Text to go on from, once or several times; empty: a new document."""
     max_tokens: int = 120

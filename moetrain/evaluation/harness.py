@@ -135,7 +135,10 @@ def _write(gpt: GPT, tokenizer: Tokenizer, prompt: str, how: dict[str, Any], *, 
         temperature=float(how.get("temperature") or 0.0) if how.get("do_sample") else 0.0,
         stop=tuple(each for each in ([until] if isinstance(until, str) else until) if each),
     )
-    pieces = generate(gpt, tokenizer, [prompt], sampling=sampling, context=context, cache=cache)
+    # as the harness asks a model of transformers: no document begins, and there is room for what is written
+    room = max(1, context - sampling.max_tokens)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids[-room:] or [end_of_text(tokenizer)]
+    pieces = generate(gpt, tokenizer, [ids], sampling=sampling, context=context, cache=cache)
     return "".join(piece.text for piece in pieces)
 
 

@@ -7,7 +7,6 @@ an experiment beside it that trains on from there (``init.weights``).
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,10 +19,10 @@ import yaml
 from torch import Tensor
 
 from moetrain.archive.expected import Expected, expected_tensors
-from moetrain.archive.written import Intervals, write_checkpoint
+from moetrain.archive.written import Intervals, made_whole, write_checkpoint
 from moetrain.checkpoint.store import Manifest
-from moetrain.config.checks import resolve
-from moetrain.config.freeze import freeze, to_dict, write_run
+from moetrain.config.checks import check, resolve
+from moetrain.config.freeze import flatten, freeze, to_dict, write_run
 from moetrain.config.schema import RunConfig
 from moetrain.data.corpus import TOKENIZER
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, vocabulary_size
@@ -31,12 +30,15 @@ from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.hub import parity
 from moetrain.hub.export import INDEX, ONE_FILE
 from moetrain.hub.families import Family, settings_of
-from moetrain.hub.generate import load_model
 from moetrain.hub.parity import Parity
 from moetrain.hub.tensors import IGNORED, Part, parts_of
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 """How safetensors names the types that weights may have."""
+
+
+FEWEST = 0.9
+"""Of the rows of an embedding have a token, as a rule; the rest is padding."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,15 @@ def adopt(source: Path, out: Path, *, check: bool, warn: Callable[[str], None]) 
         CheckpointError: files are missing or damaged, or tensors are missing, left over or of another shape.
         DataError: the tokenizer is missing, or is another model's.
     """
-    if check:
-        parity.need_transformers("import with check=true")
-    if out.exists():
-        raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
-    config = _read_json(source / "config.json")
-    run, family = _settings(config, source, name=name_of(out))
-    files = _files(source)
-    parts = [_as_named(part, files) for part in parts_of(run.model, family)]
-    expected = expected_tensors(to_dict(run))
-    _hold_names(parts, files, tied=run.model.tie_embeddings)
-    tokens = _hold_tokenizer(source, config, rows=run.model.vocab_size, warn=warn)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    parity.libraries("import")
+    with made_whole(out) as partial:
+        config = _read_json(source / "config.json")
+        run, family = _settings(config, source, name=name_of(out))
+        files = _files(source)
+        parts = [_as_named(part, files) for part in parts_of(run.model, family)]
+        expected = expected_tensors(to_dict(run))
+        _hold_names(source, parts, files, tied=run.model.tie_embeddings)
+        tokens = _hold_tokenizer(source, config, rows=run.model.vocab_size, warn=warn)
         shutil.copyfile(source / TOKENIZER, partial / TOKENIZER)
         place = replace(run, run_dir=str(out), data=replace(run.data, tokenizer=str(out.resolve() / TOKENIZER)))
         write_run(place, partial)
@@ -87,24 +83,24 @@ def adopt(source: Path, out: Path, *, check: bool, warn: Callable[[str], None]) 
                             data={"tokenizer": tokens}, files=[], has_moments=False)  # fmt: skip
         _write(partial / "checkpoints", manifest, expected, parts, files)
         _write_experiment(partial / "configs" / "experiment", place, source=source, out=out)
-        held = _compare(source, partial, warn=warn) if check else None
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        held = parity.compared(partial, source, warn=warn) if check else None
+        if held is not None and not held.holds:
+            raise CheckpointError(f"our model makes something else of {source} than transformers does, and was "
+                                  f"removed: {held}")  # fmt: skip
     return Adopted(out, place, family.architecture, parity=held, experiment=str(run.name))
 
 
 def _settings(config: dict[str, Any], source: Path, *, name: str) -> tuple[RunConfig, Family]:
     try:
         model, family = settings_of(config)
+        # masters are fp32 in any case: this is what is computed in
+        told = str(config.get("dtype") or config.get("torch_dtype"))
+        model = replace(model, dtype="bf16" if told == "bfloat16" else "fp32")
+        run = resolve(replace(freeze({"name": name}), model=model), default_processes=1)
+        check(run, flatten(to_dict(run)))
     except ConfigError as error:
         raise ConfigError([f"{source / 'config.json'}: {each}" for each in error.problems]) from None
-    # masters are fp32 in any case: this is what is computed in
-    told = str(config.get("dtype") or config.get("torch_dtype"))
-    model = replace(model, dtype="bf16" if told == "bfloat16" else "fp32")
-    run = replace(freeze({"name": name}), model=model)
-    return resolve(run, default_processes=1), family
+    return run, family
 
 
 def name_of(out: Path) -> str:
@@ -114,7 +110,7 @@ def name_of(out: Path) -> str:
 
 def _files(source: Path) -> dict[str, Path]:
     """Name of each tensor there is -> its file."""
-    safetensors = parity.need_safetensors("import")
+    _, safetensors = parity.libraries("import")
     if (source / INDEX).is_file():
         weight_map = _read_json(source / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(each, str) for each in weight_map.values()):
@@ -147,13 +143,13 @@ def _as_named(part: Part, files: dict[str, Path]) -> Part:
     return replace(part, name=bare) if part.name not in files and bare in files else part
 
 
-def _hold_names(parts: list[Part], files: dict[str, Path], *, tied: bool) -> None:
-    safetensors = parity.need_safetensors("import")
+def _hold_names(source: Path, parts: list[Part], files: dict[str, Path], *, tied: bool) -> None:
+    _, safetensors = parity.libraries("import")
     missing = [part.name for part in parts if part.name not in files]
     wanted = {part.name for part in parts}
     ignored = (*IGNORED, *((r"lm_head\.weight",) if tied else ()))
     extra = [name for name in files if name not in wanted and not any(re.fullmatch(each, name) for each in ignored)]
-    problems = [_told("is missing", missing), _told("is not part of such a model", extra)]
+    problems = [_told("missing", missing), _told("not part of such a model", extra)]
     shapes, types = [], []
     by_file: dict[Path, list[Part]] = {}
     for part in parts:
@@ -167,9 +163,9 @@ def _hold_names(parts: list[Part], files: dict[str, Path], *, tied: bool) -> Non
                     shapes.append(f"{part.name} {list(found.get_shape())} instead of {list(part.shape)}")
                 elif found.get_dtype() not in FLOATS:
                     types.append(f"{part.name} {found.get_dtype()}")
-    problems += [_told("has another shape than config.json says", shapes), _told("is no fp32, bf16 or fp16", types)]
+    problems += [_told("of another shape", shapes), _told("no fp32, bf16 or fp16", types)]
     if any(problems):
-        raise CheckpointError("; ".join(each for each in problems if each))
+        raise CheckpointError(f"{source} is not what its config.json says: {'; '.join(filter(None, problems))}")
 
 
 def _told(what: str, names: list[str]) -> str:
@@ -184,6 +180,8 @@ def _hold_tokenizer(source: Path, config: dict[str, Any], *, rows: int, warn: Ca
     if vocabulary_size(tokenizer) > rows:
         raise DataError(f"{path} has ids up to {vocabulary_size(tokenizer) - 1:,}, but the model has {rows:,} rows: it "
                         "is another model's tokenizer")  # fmt: skip
+    if vocabulary_size(tokenizer) < FEWEST * rows:
+        warn(f"{path} has {vocabulary_size(tokenizer):,} ids, but the model {rows:,} rows: is it another model's?")
     told = config.get("eos_token_id")
     ends = told if isinstance(told, list) else [told]
     if told is not None and end_of_text(tokenizer) not in ends:
@@ -208,7 +206,7 @@ def _write(root: Path, manifest: Manifest, expected: Expected, parts: list[Part]
 
 def _values(parts: list[Part], files: dict[str, Path]) -> Iterator[tuple[Part, Tensor]]:
     """In the shape of ours."""
-    safetensors = parity.need_safetensors("import")
+    _, safetensors = parity.libraries("import")
     file, opened = None, None
     for part in parts:
         if files[part.name] != opened:
@@ -216,19 +214,9 @@ def _values(parts: list[Part], files: dict[str, Path]) -> Iterator[tuple[Part, T
             # memory-mapped: what is not read costs nothing
             file = safetensors.safe_open(str(opened), framework="pt")
         values = file.get_tensor(part.name)
+        if not values.isfinite().all():
+            raise CheckpointError(f"{opened} holds NaN or infinity in {part.name}: download it again")
         yield part, values.T if part.transposed else values
-
-
-def _compare(source: Path, made: Path, *, warn: Callable[[str], None]) -> Parity:
-    run, gpt = load_model(made, warn=warn)
-    tokens = parity.probe(run.model.vocab_size, context=run.model.context)
-    ours = parity.our_scores(gpt, tokens, dtype=torch.float32)
-    del gpt
-    held = parity.compare(ours, parity.their_scores(source, tokens))
-    if not held.holds:
-        raise CheckpointError(f"our model makes something else of {source} than transformers does, and was removed: "
-                              f"{held}")  # fmt: skip
-    return held
 
 
 def _write_experiment(directory: Path, run: RunConfig, *, source: Path, out: Path) -> None:
@@ -247,7 +235,7 @@ def _write_experiment(directory: Path, run: RunConfig, *, source: Path, out: Pat
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} does not exist: name a directory that transformers has saved") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -14,12 +14,34 @@ from moetrain.config.identity import ORIGIN_FILE
 from moetrain.config.schema import RunConfig
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
 
+_OPEN = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def model_card(run: RunConfig, manifest: Manifest, *, run_dir: Path, family: str, dtype: str, checked: str) -> str:
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+{prompt}
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+```"""
+_TEXT = """# in training, every document began with the end-of-text token
+prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")"""
+_CHAT = """messages = [{"role": "user", "content": "Who are you?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+USES = {
+    "text": _OPEN.format(prompt=_TEXT),
+    "chat": _OPEN.format(prompt=_CHAT),
+    "gguf": "`model.gguf` holds weights and tokenizer for llama.cpp and what is built on it.",
+}
+"""How it is asked: for text, as a conversation, or by llama.cpp."""
+
+
+def model_card(
+    run: RunConfig, manifest: Manifest, *, run_dir: Path, family: str, dtype: str, checked: str, use: str
+) -> str:
     """README.md of the export.
 
     Args:
         checked: how it was held against our model.
+        use: one of ``USES``.
     """
     model, moe, count = run.model, run.model.moe, count_parameters(run.model)
     sparse = "dense" if moe is None else f"{moe.num_experts} experts, {moe.top_k} for each token, router {moe.router}"
@@ -47,7 +69,7 @@ def model_card(run: RunConfig, manifest: Manifest, *, run_dir: Path, family: str
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     tags = "".join(f"- {tag}\n" for tag in ("moetrain", *(("moe",) if moe else ())))
     return f"""---
-library_name: transformers
+library_name: {"gguf" if use == "gguf" else "transformers"}
 pipeline_tag: text-generation
 tags:
 {tags}---
@@ -59,15 +81,7 @@ A language model of the architecture `{family}`, trained with moetrain.
 |---|---|
 {table}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-# in training, every document began with the end-of-text token
-prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
-```
+{USES[use]}
 
 It was trained to go on with text. Nobody has examined here what it says of people, or whether it is right.
 """

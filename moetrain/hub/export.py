@@ -7,7 +7,6 @@ is one file of weights at a time; the comparison takes the whole model in fp32, 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +18,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moetrain.archive.stored import Stored
+from moetrain.archive.written import made_whole
+from moetrain.config.data import sources_of
 from moetrain.config.schema import RunConfig
+from moetrain.data.build import COUNTED
 from moetrain.data.corpus import TOKENIZER
 from moetrain.data.tokenizer import end_of_text, load_tokenizer, vocabulary_size
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.hub import parity
 from moetrain.hub.card import model_card
 from moetrain.hub.families import Family, config_of, family_of
-from moetrain.hub.generate import load_model, newest_or
+from moetrain.hub.generate import newest_or
 from moetrain.hub.parity import Parity
 from moetrain.hub.tensors import Part, parts_of
+from moetrain.instruct.template import TEMPLATE, chat_template
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -70,46 +73,30 @@ def export(
         ConfigError: no architecture fits (with every setting in the way), or the place is taken.
         CheckpointError: the checkpoint is not whole, or what was written says something else.
     """
-    if check:
-        parity.need_transformers("export with check=true")
-    if out.exists():
-        raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
-    run, directory, manifest = newest_or(run_dir, step=step, warn=warn)
-    family = family_of(run.model)
-    tokenizer = _tokenizer(run_dir, run)
-    wanted = DTYPES[dtype or run.model.dtype]
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    parity.libraries("export")
+    with made_whole(out) as partial:
+        run, directory, manifest = newest_or(run_dir, step=step, warn=warn)
+        family = family_of(run.model)
+        tokenizer = _tokenizer(run_dir, run)
+        wanted = DTYPES[dtype or run.model.dtype]
         files = _write_weights(partial, Stored(directory), list(parts_of(run.model, family)), dtype=wanted,
                                shard_bytes=shard_bytes)  # fmt: skip
-        _write_settings(partial, run, family, tokenizer, dtype=wanted)
+        template = template_of(run)
+        _write_settings(partial, run, family, tokenizer, dtype=wanted, template=template)
         shutil.copyfile(run_dir / TOKENIZER, partial / TOKENIZER)
-        held = _compare(run_dir, partial, step=manifest.step, dtype=wanted, warn=warn) if check else None
+        held = None
+        if check:
+            held = parity.compared(run_dir, partial, step=manifest.step, dtype=wanted, warn=warn)
+            if not held.holds:
+                raise CheckpointError(
+                    f"transformers makes something else of what was exported, and it was removed: {held}"
+                )
         checked = "not against the model it was made from" if held is None else str(held)
         card = model_card(run, manifest, run_dir=run_dir, family=family.architecture, dtype=str(wanted)[6:],
-                          checked=checked)  # fmt: skip
+                          checked=checked, use="text" if template is None else "chat")  # fmt: skip
         (partial / "README.md").write_text(card, encoding="utf-8")
-        _sync(partial)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     size = sum((out / name).stat().st_size for name in files)
     return Exported(out, family.architecture, files=len(files), nbytes=size, parity=held)
-
-
-def _compare(run_dir: Path, made: Path, *, step: int, dtype: torch.dtype, warn: Callable[[str], None]) -> Parity:
-    # one after the other: two models at once would take twice the memory
-    run, gpt = load_model(run_dir, step=step, warn=warn)
-    tokens = parity.probe(run.model.vocab_size, context=run.model.context)
-    ours = parity.our_scores(gpt, tokens, dtype=dtype)
-    del gpt
-    held = parity.compare(ours, parity.their_scores(made, tokens))
-    if not held.holds:
-        raise CheckpointError(f"transformers makes something else of what was exported, and it was removed: {held}")
-    return held
 
 
 def _tokenizer(run_dir: Path, run: RunConfig) -> Tokenizer:
@@ -124,13 +111,13 @@ def _write_weights(
     directory: Path, stored: Stored, parts: list[Part], *, dtype: torch.dtype, shard_bytes: int
 ) -> list[str]:
     """Names of the files."""
-    safetensors = parity.need_safetensors("export")
+    _, safetensors = parity.libraries("export")
     shards = list(_shards(parts, itemsize=dtype.itemsize, most=shard_bytes))
     names = [ONE_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                                                  for i in range(len(shards))]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
         # the bias of a choice moves in steps that bf16 cannot hold
-        tensors = {part.name: _read(stored, part).to(torch.float32 if part.is_state else dtype) for part in shard}
+        tensors = {part.name: read_part(stored, part).to(torch.float32 if part.is_state else dtype) for part in shard}
         safetensors.torch.save_file(tensors, str(directory / name), metadata={"format": "pt"})
     if len(shards) > 1:
         where = {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard}
@@ -149,7 +136,12 @@ def _shards(parts: list[Part], *, itemsize: int, most: int) -> Iterator[list[Par
     yield shard
 
 
-def _read(stored: Stored, part: Part) -> Tensor:
+def read_part(stored: Stored, part: Part) -> Tensor:
+    """A tensor of theirs, from a checkpoint of ours, in its shape.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     if not part.ours:
         return torch.zeros(part.shape)
     if part.ours not in stored.tensors:
@@ -159,7 +151,13 @@ def _read(stored: Stored, part: Part) -> Tensor:
 
 
 def _write_settings(
-    directory: Path, run: RunConfig, family: Family, tokenizer: Tokenizer, *, dtype: torch.dtype
+    directory: Path,
+    run: RunConfig,
+    family: Family,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype,
+    template: dict[str, str] | None,
 ) -> None:
     end = end_of_text(tokenizer)
     config = config_of(run.model, family, end_of_text=end, dtype=str(dtype).removeprefix("torch."))
@@ -171,20 +169,24 @@ def _write_settings(
         generation["suppress_tokens"] = list(padding)
     _write_json(directory / "generation_config.json", generation)
     name = tokenizer.id_to_token(end)
-    _write_json(directory / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name,
-        "model_max_length": run.model.context, "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name,
+            "model_max_length": run.model.context, "clean_up_tokenization_spaces": False}  # fmt: skip
+    if template is not None:
+        told["chat_template"] = chat_template(template)
+    _write_json(directory / "tokenizer_config.json", told)
+
+
+def template_of(run: RunConfig) -> dict[str, str] | None:
+    """How conversations became text for it; None: it has read none."""
+    for source in sources_of(run.data).values():
+        record = Path(source.prepared) / COUNTED if source.prepared is not None else None
+        if record is not None and record.is_file():
+            template: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))["template"]
+            return template
+        if source.format == "instruction":
+            return run.data.template or TEMPLATE
+    return None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(directory: Path) -> None:
-    for path in [*directory.iterdir(), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -16,8 +16,9 @@ from moetrain.checkpoint.state import Fragment, load, newest_whole
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.freeze import read_run
 from moetrain.config.schema import ModelConfig, RunConfig
-from moetrain.data.tokenizer import end_of_text, vocabulary_size
-from moetrain.errors import CheckpointError
+from moetrain.data.corpus import TOKENIZER
+from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, vocabulary_size
+from moetrain.errors import CheckpointError, DataError
 from moetrain.model.attention import KeyValues
 from moetrain.model.build import build_model
 from moetrain.model.gpt import GPT
@@ -28,6 +29,7 @@ def newest_or(run_dir: Path, *, step: int | None, warn: Callable[[str], None]) -
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        DataError: the tokenizer beside it is missing, or another one.
     """
     run, root = read_run(run_dir), run_dir / "checkpoints"
     if step is not None:
@@ -35,11 +37,17 @@ def newest_or(run_dir: Path, *, step: int | None, warn: Callable[[str], None]) -
         if step not in found:
             there = ", ".join(map(str, found)) or "none yet"
             raise CheckpointError(f"{run_dir} has no checkpoint of step {step}: there is {there}")
-        return run, found[step], store.verify(found[step])
-    newest = newest_whole(root, warn=warn)
-    if newest is None:
-        raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
-    return run, *newest
+        directory, manifest = found[step], store.verify(found[step])
+    else:
+        newest = newest_whole(root, warn=warn)
+        if newest is None:
+            raise CheckpointError(f"{run_dir} has no whole checkpoint yet: train it first, e.g. moetrain train")
+        directory, manifest = newest
+    trained = manifest.data.get("tokenizer")
+    if trained is not None and fingerprint(load_tokenizer(run_dir / TOKENIZER)) != trained:
+        raise DataError(f"{run_dir / TOKENIZER} is not the tokenizer that {directory} was trained with: put that one "
+                        "there again")  # fmt: skip
+    return run, directory, manifest
 
 
 def load_model(
@@ -111,7 +119,7 @@ class Written:
 def generate(
     gpt: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     sampling: Sampling,
     context: int,
@@ -121,7 +129,7 @@ def generate(
     """Write on from each prompt, piece by piece, until its document ends.
 
     Args:
-        prompts: an empty one begins a new document.
+        prompts: texts, each the beginning of a document, an empty one of a new one; or token ids, as they are.
         context: tokens the model looks back at most; from there on every token reads the whole window anew.
         cache: keep keys and values from token to token, and read the prompts together. Not for a model in which a
             token's experts depend on the tokens beside it (``config.routers.sees_others``).
@@ -159,9 +167,11 @@ def generate(
 class _Row:
     """One text that is being written."""
 
-    def __init__(self, number: int, tokenizer: Tokenizer, prompt: str, *, sampling: Sampling) -> None:
+    def __init__(self, number: int, tokenizer: Tokenizer, prompt: str | Sequence[int], *, sampling: Sampling) -> None:
         self.number = number
-        self.ids = [end_of_text(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        if isinstance(prompt, str):
+            prompt = [end_of_text(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        self.ids = list(prompt)
         self.ended = False
         self.generator = torch.Generator().manual_seed(sampling.seed + number)
         self._tokenizer, self._stop = tokenizer, sampling.stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.hub.generate import load_model
 from moetrain.model.gpt import GPT
 
 TOLERANCE = 2e-4
@@ -63,30 +65,48 @@ class OurScores:
     """As ``Parity.rounding``."""
 
 
-def need_transformers(what: str) -> Any:
-    """The library.
+def libraries(what: str) -> tuple[Any, Any]:
+    """`transformers` and `safetensors`, of the extra ``hf``.
+
+    Args:
+        what: needs them.
 
     Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError([f"{what} needs transformers ({error}): pip install 'moetrain[hf]'"]) from None
-    return transformers
-
-
-def need_safetensors(what: str) -> Any:
-    """The library.
-
-    Raises:
-        ConfigError: it is not installed.
+        ConfigError: one is not installed.
     """
     try:
         import safetensors.torch
+        import transformers
     except ImportError as error:
-        raise ConfigError([f"{what} needs safetensors ({error}): pip install 'moetrain[hf]'"]) from None
-    return safetensors
+        raise ConfigError(
+            [f"{what} needs transformers and safetensors ({error}): pip install 'moetrain[hf]'"]
+        ) from None
+    return transformers, safetensors
+
+
+def compared(
+    run_dir: Path,
+    directory: Path,
+    *,
+    warn: Callable[[str], None],
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Parity:
+    """Our model of a run beside the one that `transformers` makes of a directory, on the same tokens.
+
+    Args:
+        step: of the checkpoint; None: the newest whole one.
+        dtype: that the weights of ours are rounded to.
+
+    Raises:
+        CheckpointError: one of them cannot be loaded.
+    """
+    # one after the other: two models at once would take twice the memory
+    run, gpt = load_model(run_dir, step=step, warn=warn)
+    tokens = probe(run.model.vocab_size, context=run.model.context)
+    ours = our_scores(gpt, tokens, dtype=dtype)
+    del gpt
+    return compare(ours, their_scores(directory, tokens))
 
 
 def probe(vocab_size: int, *, context: int) -> Tensor:
@@ -115,7 +135,7 @@ def their_scores(directory: Path, token_BS: Tensor) -> Tensor:
     Raises:
         CheckpointError: it finds keys missing or left over.
     """
-    transformers = need_transformers("comparing with transformers")
+    transformers, _ = libraries("comparing with transformers")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -7,6 +7,7 @@ counted    what the assistant says, with what the template puts after it, and th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,29 @@ def parts_of(row: Mapping[str, Any], *, template: Mapping[str, str], where: str)
     if not said:
         raise DataError(f"{where} has no message of the {ASSISTANT}, so there is nothing to learn: leave the row out")
     return [part for part in parts if part.text] if any(map(str.strip, said)) else []
+
+
+def chat_template(template: Mapping[str, str]) -> str:
+    """The template in Jinja, as tokenizers of `transformers` hold one: conversations that begin and end with the token
+    that ends a text, or go on to where the assistant speaks (``add_generation_prompt``)."""
+    branches = []
+    for role, text in template.items():
+        before, _, after = text.partition(CONTENT)
+        spoken = f"{{{{ {_quoted(before)} + message['content'] + {_quoted(after)} }}}}"
+        branches.append(f"if message['role'] == {_quoted(role)} %}}{spoken}")
+    told = _quoted(f"the template has no such role; it has {', '.join(template)}")
+    opening = _quoted(template[ASSISTANT].partition(CONTENT)[0])
+    return (
+        "{{ bos_token }}{% for message in messages %}{% "
+        + "{% el".join(branches)
+        + f"{{% else %}}{{{{ raise_exception({told}) }}}}{{% endif %}}{{% endfor %}}"
+        + f"{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% else %}}{{{{ eos_token }}}}{{% endif %}}"
+    )
+
+
+def _quoted(text: str) -> str:
+    # Jinja reads the escapes of Python: JSON's are among them, but for halves of a pair
+    return json.dumps(text, ensure_ascii=False)
 
 
 def check_template(template: Mapping[str, str]) -> None:

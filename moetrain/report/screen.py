@@ -173,9 +173,7 @@ def last_screen(run: RunConfig, *, run_dir: Path, baselines: Baselines, opening:
     console.print("\n[bold]next[/bold]")
     if shutil.which("moetrain") is None:
         console.print(f"  . {escape(str(Path(sys.executable).parent / 'activate'))}    # so that moetrain is found")
-    console.print(
-        f'  moetrain sample run_dir={shlex.quote(str(run_dir))} prompt="The state of the Union is"', markup=False
-    )
+    console.print(f'  moetrain sample {shlex.quote(str(run_dir))} prompt="The state of the Union is"', markup=False)
     if run.model.moe is not None:
         console.print("  moetrain train name=wide model.moe.num_experts=16    another number of experts")
         console.print("  moetrain train model/moe=none                        the dense model to compare with")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from moetrain.archive.expected import Expected, expected_tensors
 from moetrain.archive.stored import Stored, blocks
-from moetrain.archive.written import Intervals, write_checkpoint
+from moetrain.archive.written import Intervals, made_whole, write_checkpoint
 from moetrain.checkpoint.store import Manifest
 from moetrain.config.checks import check
 from moetrain.config.freeze import flatten, to_dict, write_run
@@ -85,18 +84,13 @@ def operate(
         ConfigError: the settings do not allow it, or the place is taken.
         CheckpointError: there is no whole checkpoint, or the new one cannot be written.
     """
-    if out.exists():
-        raise ConfigError([f"out is {out}, but that exists already: name another directory, or remove it first"])
-    run, directory, manifest = newest_or(run_dir, step=None, warn=warn)
-    new = replace(run, name=name_of(out), run_dir=str(out), model=change(run.model))
-    new = replace(new, parallel=replace(new.parallel, expert_parallel=1))
-    check(new, flatten(to_dict(new)))
-    texts, packing, on = _texts(run, run_dir)
-    stored, expected = Stored(directory), expected_tensors(to_dict(new))
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with made_whole(out) as partial:
+        run, directory, manifest = newest_or(run_dir, step=None, warn=warn)
+        new = replace(run, name=name_of(out), run_dir=str(out), model=change(run.model))
+        new = replace(new, parallel=replace(new.parallel, expert_parallel=1))
+        check(new, flatten(to_dict(new)))
+        texts, packing, on = _texts(run, run_dir)
+        stored, expected = Stored(directory), expected_tensors(to_dict(new))
         shutil.copyfile(run_dir / TOKENIZER, partial / TOKENIZER)
         write_run(new, partial)
         told = replace(manifest, run=to_dict(new), files=[], held_out_loss=None, certificate=None)
@@ -105,10 +99,6 @@ def operate(
         _write_experiment(partial / "configs" / "experiment", new, run_dir=run_dir)
         before = _judge(run_dir, texts, packing, warn=warn)
         after = _judge(partial, texts, packing, warn=warn)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Outcome(out, new, manifest.step, before, after, on, experiment=str(new.name))
 
 
@@ -207,7 +197,7 @@ def _judge(
     results = evaluate_sources(
         gpt,
         texts,
-        sequence_length=min(run.model.context, run.batch.sequence_length or run.model.context),
+        sequence_length=run.batch.sequence_length or run.model.context,
         micro_batch=run.batch.micro_batch or 1,
         packing=packing or Packing(end_of_text=0),
         max_sequences=SEQUENCES,

@@ -39,15 +39,12 @@ class Move:
     name: str
     """Full name of the new tensor, e.g. ``blocks.0.feed_forward.experts.w_in/exp_avg``."""
     begin: int = 0
-    """Where it begins there, elements."""
+    """Where it begins there, in lengths of the source."""
     source: str = ""
     """Full name of the old tensor."""
-    start: int = 0
-    stop: int = 0
-    """From where to where in it; the pieces of ``keep`` one after the other."""
     factor: float = 1.0
     keep: tuple[int, ...] | None = None
-    """Of the source, cut into ``parts`` equal ones, those that stay; None: the interval above."""
+    """Of the source, cut into ``parts`` equal ones, those that stay, one after the other; None: all of it."""
     parts: int = 1
     values: str = ""
     """Instead of a copy: drawn, zero, parted, jittered (copies that are almost alike), waiting (copies behind all

@@ -114,12 +114,22 @@ def test_how_far_sources_are_apart():
         (("nowhere",), "nowhere/run.yaml does not exist"),
         (("nowhere", "split=test", "limit=0"), "split is 'test', but must be one of held_out, train"),
         (("nowhere", "limit=3"), "limit is set, but belongs to tasks=…"),
+        (
+            ("nowhere", "tasks=a", "split=train"),
+            "split is set, but belongs to the text, which tasks=… takes the place of",
+        ),
         (("nowhere", "tasks=a", "include=nowhere"), "include is nowhere, but must be a directory"),
         (("nowhere", "max_sequences=-1"), "max_sequences is -1, but must be at least 0"),
     ],
 )
 def test_what_is_wrong_is_told(moetrain_in_process, words, told):
     assert_told(moetrain_in_process("evaluate", *words), told)
+
+
+def test_text_that_is_named_twice_is_told(run_dir, tmp_path, moetrain_in_process):
+    place = next(path.parent for path in tmp_path.rglob("meta.json"))
+    words = ("evaluate", str(run_dir), f"data={place}", f"data={place}")
+    assert_told(moetrain_in_process(*words), f"data names {place} more than once")
 
 
 def test_text_of_another_tokenizer_is_refused(run_dir, tmp_path, moetrain_in_process):

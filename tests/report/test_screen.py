@@ -104,7 +104,7 @@ def test_the_end_of_a_run_says_what_it_reached_and_what_next(tmp_path, capsys, m
         "2.9000",
         "fullest expert 1.80x the mean (MoE layer 1); 1 experts without a token",
         "[bold]once[/bold] [x]",  # a model may write anything: none of it is ours to interpret
-        f"moetrain sample run_dir='{run_dir}' prompt=",
+        f"moetrain sample '{run_dir}' prompt=",
         "1,000 tokens/s, 2 GFLOP/s",
     ):
         assert expected in text, expected

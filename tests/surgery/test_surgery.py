@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from as_typed import assert_told
-from own_runs import STEP, write_own_run
+from own_runs import STEP, write_own_run, write_tiny
 from tokenizers import Tokenizer
 
 from moetrain.archive.doctor import examine
@@ -269,13 +269,20 @@ class TestVerb:
         assert before == after
         assert f"moetrain train --config-dir {tmp_path / 'new'}/configs experiment=new" in done.stdout
 
+    def test_where_all_experts_live_prune_wants_a_number(self, tmp_path, moetrain_in_process):
+        write_tiny(tmp_path / "run", tmp_path / "of tiny")
+        words = ("surgery", str(tmp_path / "run"), "prune", f"out={tmp_path / 'new'}")
+        assert_told(moetrain_in_process(*words), "every expert gets more than 0.01 of a fair share: say num_experts")
+        assert moetrain_in_process(*words, "num_experts=2").returncode == 0
+
     @pytest.mark.parametrize(
         ("words", "told"),
         [
             (("run",), "1 paths are given, but it takes 2 (RUN, upcycle|grow|prune)"),
             (("run", "cut"), "'cut' is no operation: use one of upcycle, grow, prune"),
             (("run", "grow", "out=a"), "num_experts is not given"),
-            (("run", "grow", "out=a", "num_experts=8", "every=2"), "every is 2, but belongs to upcycle"),
+            (("run", "grow", "out=a", "num_experts=8", "every=2"), "every is 2, but does not belong to grow"),
+            (("run", "prune", "out=a", "top_k=1"), "top_k is 1, but does not belong to prune: leave it out"),
             (("run", "prune", "out=a", "num_experts=0"), "num_experts is 0, but must be at least 1"),
             (("nowhere", "prune", "out=a"), "nowhere/run.yaml does not exist"),
         ],

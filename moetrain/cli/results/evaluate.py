@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.cli.options import paths_and_settings
+from moetrain.cli.options import paths_and_settings, warn
 from moetrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -61,8 +60,11 @@ def evaluate(words: Sequence[str]) -> int:
                 if getattr(wanted, name) == 0]  # fmt: skip
     if wanted.split not in SPLITS:
         problems.append(f"split is {wanted.split!r}, but must be one of {', '.join(SPLITS)}")
-    problems += [f"{name} is set, but belongs to tasks=…" for name in ("include", "limit", "shots")
-                 if getattr(wanted, name) is not None and not wanted.tasks]  # fmt: skip
+    # of the one or of the other
+    idle = ("data", "split", "max_sequences") if wanted.tasks else ("include", "limit", "shots")
+    what = "the text, which tasks=… takes the place of" if wanted.tasks else "tasks=…"
+    problems += [f"{name} is set, but belongs to {what}: leave it out" for name in idle
+                 if getattr(wanted, name) != getattr(_Evaluate(), name)]  # fmt: skip
     if wanted.include is not None and not Path(wanted.include).is_dir():
         problems.append(f"include is {wanted.include}, but must be a directory of task files")
     if problems:
@@ -75,10 +77,10 @@ def _text(run_dir: Path, wanted: _Evaluate) -> int:
     from moetrain.hub.generate import best_device, load_model
     from moetrain.metrics.console import WorkBar
 
-    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn, device=best_device())
+    run, gpt = load_model(run_dir, step=wanted.step, warn=warn, device=best_device())
     corpus = _corpus(run, run_dir, data=wanted.data)
     texts = corpus.held_out() if wanted.split == "held_out" else corpus.training()
-    length = min(run.model.context, run.batch.sequence_length or run.model.context)
+    length = run.batch.sequence_length or run.model.context
     micro_batch = wanted.micro_batch or run.batch.micro_batch or 1
     total = sum(_batches(text, length, micro_batch, wanted.max_sequences) for text in texts.values())
     with WorkBar("evaluate", total=total, unit="batches", shown=not wanted.json) as bar:
@@ -139,15 +141,15 @@ def _tasks(run_dir: Path, wanted: _Evaluate) -> int:
     from moetrain.evaluation.harness import run_tasks
     from moetrain.hub.generate import best_device, load_model
 
-    run, gpt = load_model(run_dir, step=wanted.step, warn=_warn, device=best_device())
+    run, gpt = load_model(run_dir, step=wanted.step, warn=warn, device=best_device())
     reason = sees_others(run.model.moe)
     if reason:
-        _warn(f"{reason}: each example is read by itself")
+        warn(f"{reason}: each example is read by itself")
     found = run_tasks(
         gpt,
         load_tokenizer(run_dir / TOKENIZER),
         wanted.tasks,
-        context=min(run.model.context, run.batch.sequence_length or run.model.context),
+        context=run.batch.sequence_length or run.model.context,
         cache=reason is None,
         include=None if wanted.include is None else Path(wanted.include),
         limit=wanted.limit,
@@ -164,12 +166,18 @@ def _tasks(run_dir: Path, wanted: _Evaluate) -> int:
 
 
 def _corpus(run: RunConfig, run_dir: Path, *, data: list[str]) -> Corpus:
+    from moetrain.config.data import sources_of
     from moetrain.data.build import hold_together, open_corpus
     from moetrain.data.corpus import TOKENIZER, open_prepared
     from moetrain.data.tokenizer import fingerprint, load_tokenizer
 
     if not data:
+        if not run.data.stream and any(each.prepared is None for each in sources_of(run.data).values()):
+            raise DataError(f"{run_dir} has no prepared text of its own: name some by data=DIR, prepared with "
+                            f"data.tokenizer={run_dir / TOKENIZER}")  # fmt: skip
         return open_corpus(run, run_dir)
+    if len(set(data)) < len(data):
+        raise ConfigError([f"data names {each} more than once" for each in dict.fromkeys(data) if data.count(each) > 1])
     names = [Path(each).name for each in data]
     names = [name if names.count(name) == 1 else path for name, path in zip(names, data, strict=True)]
     corpus = hold_together({name: open_prepared(Path(path)) for name, path in zip(names, data, strict=True)})
@@ -183,7 +191,3 @@ def _corpus(run: RunConfig, run_dir: Path, *, data: list[str]) -> Corpus:
 def _batches(text: HeldOutText, length: int, micro_batch: int, most: int | None) -> int:
     sequences = -(-(text.num_tokens - 1) // length)
     return -(-min(sequences, most or sequences) // micro_batch)
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.cli.options import paths_and_settings
+from moetrain.cli.options import paths_and_settings, warn
 from moetrain.errors import ConfigError
 
 HELP = {
-    "export": """usage: moetrain export RUN out=DIR [format=hf] [step=N] [dtype=…] [shard_gb=X] [check=false]
+    "export": """usage: moetrain export RUN out=DIR [format=gguf] [step=N] [dtype=…] [shard_gb=X] [check=false]
 
 Writes the model of a run's newest whole checkpoint (or of step N) as a directory that transformers loads: safetensors,
 config.json, tokenizer and a model card. It leaves as Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE, Llama, Qwen3 or
 GPT-2, whichever says the same; where none does, every setting in the way is named.
 
+  format      hf, as above; or gguf, one file for llama.cpp (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, Llama or Qwen3 with a
+              tokenizer trained here; pip install 'moetrain[gguf]'), which is not held against ours
   dtype       of the weights, fp32, bf16 or fp16; without it, that of the run
   shard_gb    files of weights are no larger, 5 as a rule; so much memory is needed
   check       before it is done, the scores of transformers are held against ours, which takes the memory of one model
@@ -24,6 +25,7 @@ GPT-2, whichever says the same; where none does, every setting in the way is nam
 
 examples:
   moetrain export runs/tiny out=tiny-hf dtype=bf16
+  moetrain export runs/tiny out=tiny-gguf format=gguf dtype=fp16
 """,
     "import": """usage: moetrain import PATH out=RUN_DIR [check=false]
 
@@ -39,7 +41,7 @@ examples:
   moetrain import tiny-hf out=runs/imported
 """,
 }
-FORMATS = ("hf",)
+FORMATS = ("hf", "gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,9 @@ def export(words: Sequence[str]) -> int:
     (run_dir,), wanted = paths_and_settings(words, _Export, paths=["RUN"])
     problems = []
     if wanted.format not in FORMATS:
-        problems.append(f"format is {wanted.format!r}, but must be one of {', '.join(FORMATS)}: for gguf, give the "
-                        "result to convert_hf_to_gguf.py of llama.cpp")  # fmt: skip
+        problems.append(f"format is {wanted.format!r}, but must be one of {', '.join(FORMATS)}")
+    if wanted.format == "gguf" and wanted.shard_gb != _Export().shard_gb:
+        problems.append(f"shard_gb is {wanted.shard_gb}, but format=gguf writes one file: leave it out")
     if wanted.dtype not in (None, "fp32", "bf16", "fp16"):
         problems.append(f"dtype is {wanted.dtype!r}, but must be one of fp32, bf16, fp16")
     if not wanted.shard_gb > 0:
@@ -73,11 +76,20 @@ def export(words: Sequence[str]) -> int:
     from moetrain.archive.listing import in_bytes
     from moetrain.hub.export import export as write
 
-    done = write(run_dir, out, step=wanted.step, dtype=wanted.dtype, shard_bytes=int(wanted.shard_gb * 1e9),
-                 check=wanted.check, warn=_warn)  # fmt: skip
+    if wanted.format == "gguf":
+        from moetrain.hub.gguf.export import export_gguf
+
+        done = export_gguf(run_dir, out, step=wanted.step, dtype=wanted.dtype, warn=warn)
+    else:
+        done = write(run_dir, out, step=wanted.step, dtype=wanted.dtype, shard_bytes=int(wanted.shard_gb * 1e9),
+                     check=wanted.check, warn=warn)  # fmt: skip
     files = "1 file" if done.files == 1 else f"{done.files} files"
     print(f"{done.directory}: {done.family}, {in_bytes(done.nbytes)} of weights in {files}")
-    print(f"held against our model: {done.parity}" if done.parity else "not held against our model (check=false)")
+    print(
+        f"held against our model: {done.parity}"
+        if done.parity
+        else f"not held against our model ({'check=false' if wanted.format == 'hf' else 'format=gguf'})"
+    )
     return 0
 
 
@@ -88,7 +100,7 @@ def import_(words: Sequence[str]) -> int:
     from moetrain.hub.adopt import adopt
     from moetrain.plan.flops import count_parameters, format_count
 
-    done = adopt(source, out, check=wanted.check, warn=_warn)
+    done = adopt(source, out, check=wanted.check, warn=warn)
     count = count_parameters(done.run.model)
     print(
         f"{out}: {done.family}, {format_count(count.total)} parameters, {format_count(count.active)} active per token"
@@ -104,7 +116,3 @@ def _out(given: str | None, problems: list[str], *, example: str) -> Path:
     if problems:
         raise ConfigError(problems)
     return Path(str(given))
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.cli.options import paths_and_settings
+from moetrain.cli.options import paths_and_settings, warn
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ examples:
 """,
 }
 KINDS = ("upcycle", "grow", "prune")
+_ONLY = {"every": ("upcycle",), "least": ("prune",), "top_k": ("upcycle", "grow")}
+"""Settings that are not for each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,9 @@ def surgery(words: Sequence[str]) -> int:
         problems.append("num_experts is not given, but grow wants to know how many")
     problems += [f"{name} is 0, but must be at least 1" for name in ("num_experts", "top_k", "every")
                  if getattr(wanted, name) == 0]  # fmt: skip
-    if str(kind) != "upcycle" and wanted.every != 1:
-        problems.append(f"every is {wanted.every}, but belongs to upcycle")
+    problems += [f"{name} is {getattr(wanted, name)}, but does not belong to {kind}: leave it out"
+                 for name, kinds in _ONLY.items()
+                 if str(kind) not in kinds and getattr(wanted, name) != getattr(_Surgery(), name)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
     _tell(_operate(run_dir, str(kind), wanted))
@@ -72,20 +74,24 @@ def _operate(run_dir: Path, kind: str, wanted: _Surgery) -> Outcome:
     if kind == "upcycle":
         experts = wanted.num_experts or 8
         return operate.operate(
-            run_dir, out, warn=_warn, steps=lambda _, new: plan.upcycle(new),
+            run_dir, out, warn=warn, steps=lambda _, new: plan.upcycle(new),
             change=lambda model: plan.upcycled(model, num_experts=experts, top_k=wanted.top_k or 2, every=wanted.every),
         )  # fmt: skip
     if kind == "grow":
         more = wanted.num_experts or 0
         return operate.operate(
-            run_dir, out, warn=_warn, steps=plan.grow,
+            run_dir, out, warn=warn, steps=plan.grow,
             change=lambda model: plan.grown(model, num_experts=more, top_k=wanted.top_k),
         )  # fmt: skip
-    share_LE = operate.usage(run_dir, warn=_warn)
-    fewer = wanted.num_experts or max(operate.alive(share_LE, least=wanted.least), default=0)
+    share_LE = operate.usage(run_dir, warn=warn)
+    alive = list(operate.alive(share_LE, least=wanted.least))
+    if wanted.num_experts is None and share_LE and max(alive) == len(share_LE[0]):
+        raise ConfigError([f"no number is given, and {run_dir} has a block in which every expert gets more than "
+                           f"{wanted.least:g} of a fair share: say num_experts, or a larger least"])  # fmt: skip
+    fewer = wanted.num_experts or max(alive, default=0)
     keep = operate.most_used(share_LE, num_experts=fewer)
     return operate.operate(
-        run_dir, out, warn=_warn, steps=lambda old, _: plan.prune(old, keep=keep),
+        run_dir, out, warn=warn, steps=lambda old, _: plan.prune(old, keep=keep),
         change=lambda model: plan.pruned(model, num_experts=fewer),
     )  # fmt: skip
 
@@ -103,7 +109,3 @@ def _tell(done: Outcome) -> None:
         print(f"  MoE block {layer}: fullest expert {max(share_E) * len(share_E):.2f}x the mean, "
               f"{sum(not share for share in share_E)} idle")  # fmt: skip
     print(f"to go on:  moetrain train --config-dir {done.run_dir}/configs experiment={done.experiment}")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
