@@ -182,7 +182,7 @@ def _read(files: list[Path], *, template: dict[str, str], stage: str, progress: 
     for number, path in enumerate(files):
         progress(stage, sum(sizes[: number + 1]), sum(sizes))
         if not path.name.endswith((".jsonl", ".jsonl.gz")):
-            raise DataError(f"{path} is no .jsonl or .jsonl.gz: conversations are read from these")
+            raise DataError(f"{path} is no .jsonl or .jsonl.gz, but conversations are: name such files in data.text")
         with _open(path) as file:
             for line, text in enumerate(file, start=1):
                 if text.strip():

@@ -16,6 +16,7 @@ from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.loader import NOT_COUNTED, HeldOutText, Sequences, held_out_batches
 from moetrain.errors import DataError
 from moetrain.instruct.build import instruction_directory, prepare_instructions
+from moetrain.instruct.template import TEMPLATE as DEFAULT
 from moetrain.instruct.template import Part, check_template, parts_of
 
 TEMPLATE = {"system": "<s>{content}\n", "user": "<u>{content}\n", "assistant": "<a> {content}!\n"}
@@ -139,3 +140,14 @@ def test_a_damaged_mask_is_told(tmp_path):
     (found.directory / "train.counted.npy").unlink()
     with pytest.raises(DataError, match="is damaged"):
         open_counted(found)
+
+
+def test_a_prompt_written_as_a_whole_has_the_tokens_it_was_trained_with(tmp_path):
+    """`moetrain sample` encodes all of it at once; so the template must not make other tokens where pieces meet."""
+    rows = [*PAIRS, {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]}]
+    found = prepared(tmp_path, rows, template=None, vocab_size=330)
+    tokenizer = Tokenizer.from_file(str(found.tokenizer_path))
+    for row in rows:
+        pieces = [part.text for part in parts_of(row, template=DEFAULT, where="")]
+        ids = [id_ for piece in pieces for id_ in tokenizer.encode(piece).ids]
+        assert tokenizer.encode("".join(pieces)).ids == ids
