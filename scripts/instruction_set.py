@@ -44,9 +44,10 @@ PHRASES = {
 """Ways to ask, for each task."""
 PARTS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 # lexnames(5WN), from 3 on: what the lexicographers sorted nouns and verbs into
-CATEGORIES = """thing act animal artifact attribute body cognition communication event feeling food group location motive
-object person phenomenon plant possession process quantity relation shape state substance time body change cognition
-communication competition consumption contact creation emotion motion perception possession social stative weather"""
+CATEGORIES = """thing act animal artifact attribute body cognition communication event feeling food group location
+motive object person phenomenon plant possession process quantity relation shape state substance time body change
+cognition communication competition consumption contact creation emotion motion perception possession social stative
+weather"""
 
 
 @dataclass(frozen=True)
