@@ -85,7 +85,8 @@ def points(seeds: Sequence[int]) -> Iterator[Point]:
 def settings(point: Point, steps: Steps) -> list[str]:
     """What comes after `moetrain train`, run in the directory of the grid."""
     common = [f"name={point.name}", f"seed={point.seed}", *SIZE, *MODELS[point.model], "launch.processes=1",
-              "log.wandb=off", "checkpoint.every_steps=null", "evaluate.every_steps=null", "preflight=skip"]  # fmt: skip
+              "log.wandb=off", "checkpoint.every_steps=null", "evaluate.every_steps=null",
+              "preflight=skip"]  # fmt: skip
     if point.setting == "base":
         # documents apart as in tuning, where else it would be asked with other questions before its own
         return [*common, "data.name=dictionary", "data.text=data/dictionary.jsonl", "data.mask_documents=true",
@@ -296,9 +297,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--base-steps", type=int, default=800)
-    parser.add_argument("--instructed-steps", type=int, default=250)
-    parser.add_argument("--task-steps", type=int, default=100)
+    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--instructed-steps", type=int, default=180)
+    parser.add_argument("--task-steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-3, help="of tuning, for so small a model")
     given = parser.parse_args()
     steps = Steps(base=given.base_steps, instructed=given.instructed_steps, task=given.task_steps, lr=given.lr)
