@@ -104,7 +104,9 @@ def settings(point: Point, steps: Steps) -> list[str]:
 def moetrain(*words: str, out: Path) -> None:
     """Run a verb in the directory of the grid."""
     line = [sys.executable, "-m", "moetrain.cli", *words]
-    subprocess.run(line, cwd=out, check=True, stdout=subprocess.DEVNULL)
+    code = subprocess.run(line, cwd=out, stdout=subprocess.DEVNULL).returncode
+    if code:
+        sys.exit(code)  # it has said why
 
 
 def make_data(out: Path) -> None:

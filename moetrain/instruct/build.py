@@ -89,7 +89,12 @@ def prepare_instructions(
         try:
             _build(partial, expand(text), template=used, held_out=held_out, vocab_size=vocab_size,
                    tokenizer=tokenizer, progress=progress)  # fmt: skip
-            os.rename(partial, directory)
+            try:
+                os.rename(partial, directory)
+            except OSError:
+                # a run beside this one may have made the same meanwhile
+                if not (directory / META).exists():
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     prepared = open_prepared(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,15 @@ def test_a_prompt_written_as_a_whole_has_the_tokens_it_was_trained_with(tmp_path
         pieces = [part.text for part in parts_of(row, template=DEFAULT, where="")]
         ids = [id_ for piece in pieces for id_ in tokenizer.encode(piece).ids]
         assert tokenizer.encode("".join(pieces)).ids == ids
+
+
+def test_two_runs_that_prepare_the_same_at_once_share_it(tmp_path):
+    """Whoever is second takes what is there."""
+    other = prepared(tmp_path, PAIRS).directory.rename(tmp_path / "made by the other run")
+
+    def other_is_faster(stage: str, done: int, total: int) -> None:
+        if stage == "encode" and not (tmp_path / "p").exists():
+            shutil.copytree(other, tmp_path / "p")
+
+    assert prepared(tmp_path, PAIRS, progress=other_is_faster).directory == tmp_path / "p"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made by the other run", "p", "rows.jsonl"]
