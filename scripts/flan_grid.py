@@ -38,7 +38,8 @@ SIZE = [
 ]
 """Of both; 0.64 M parameters answer for each token, the sparse model has 1.63 M."""
 MODELS = {"dense": ["model/moe=none"], "moe": ["model.moe.d_expert=192"]}
-FROZEN = {"router": "[router]", "experts": "[experts]", "moe": "[router,experts]"}
+FROZEN = {"router": ("[router]", -1), "experts": ("[experts]", 1), "MoE": ("[router,experts]", 1)}
+"""What optim.freeze is, and the sign of the loss less that with nothing frozen in the paper."""
 PRESETS = {"direct": "flan_moe_direct", "instructed": "flan_moe", "both": "flan_moe_both"}
 DICTIONARY_SHARE = 0.25
 Scores = Mapping[str, Mapping[str, Any]]
@@ -94,7 +95,7 @@ def settings(point: Point, steps: Steps) -> list[str]:
     start = replace(point, setting="instructed" if point.setting == "both" else "base", task="", frozen="")
     length = steps.instructed if point.setting == "instructed" else steps.task
     tasks = [point.task] if point.task else TUNED
-    frozen = [f"optim.freeze={FROZEN[point.frozen]}"] if point.frozen else []
+    frozen = [f"optim.freeze={FROZEN[point.frozen][0]}"] if point.frozen else []
     files = ",".join(f"data/train/{task}.jsonl" for task in tasks)
     return [f"experiment={PRESETS[point.setting]}", *common, *frozen, f"init.weights=runs/{start.name}",
             f"data.name={point.task or 'tuned'}", f"data.text=[{files}]",
@@ -219,11 +220,12 @@ ROWS: tuple[tuple[str, Value, int], ...] = (
 
 
 def verdict(differences: Sequence[float], expected: int) -> str:
-    """Whether all seeds point where the paper does."""
+    """Whether all differences point where the paper's do."""
     if expected == 0:
         return ""
-    signs = {difference * expected > 0 for difference in differences}
-    return "seeds differ" if len(signs) > 1 else "as there" if True in signs else "against it"
+    if all(difference * expected > 0 for difference in differences):
+        return "as there"
+    return "against it" if all(difference * expected < 0 for difference in differences) else "mixed"
 
 
 def table(scores: Scores, seeds: Sequence[int]) -> Iterator[str]:
@@ -251,21 +253,28 @@ def exact_table(scores: Scores, seeds: Sequence[int]) -> Iterator[str]:
         yield f"| {setting} | {' | '.join(cells)} |"
 
 
+def apart_when_frozen(scores: Scores, seeds: Sequence[int], part: str) -> dict[str, list[float]]:
+    """How far the loss of the instruction-tuned sparse model is above that with nothing frozen, with each seed: over the
+    tasks tuned on (``tuned``), and on each that it has never seen."""
+
+    def instructed(seed: int, tasks: Sequence[str], *, frozen: str) -> float:
+        return mean([scores[Point("moe", seed, "instructed", frozen=frozen).name]["loss"][task] for task in tasks])
+
+    groups = {"tuned": TUNED} | {task: (task,) for task in ASKED}
+    return {title: [instructed(seed, tasks, frozen=part) - instructed(seed, tasks, frozen="") for seed in seeds]
+            for title, tasks in groups.items()}  # fmt: skip
+
+
 def frozen_table(scores: Scores, seeds: Sequence[int]) -> Iterator[str]:
     """The sparse model instruction-tuned with parts of it frozen."""
-    yield "| frozen | the tasks tuned on | of each seed, less nothing frozen | " + " | ".join(
-        f"`{task}`, never seen | less nothing frozen" for task in ASKED) + " |"  # fmt: skip
-    yield "|---|--:|--:|" + "--:|--:|" * len(ASKED)
-    for part in ("", *FROZEN):
-        cells = []
-        for tasks in (TUNED, *((task,) for task in ASKED)):
-            own, without = (
-                [mean([scores[Point("moe", seed, "instructed", frozen=each).name]["loss"][task] for task in tasks])
-                 for seed in seeds] for each in (part, "")
-            )  # fmt: skip
-            apart = [one - other for one, other in zip(own, without, strict=True)]
-            cells += [f"{mean(own):.3f}", ", ".join(f"{each:+.3f}" for each in apart) if part else ""]
-        yield f"| {part or 'nothing'} | {' | '.join(cells)} |"
+    yield f"| frozen | tasks tuned on | {' | '.join(f'`{task}`, never seen' for task in ASKED)} | the paper | here |"
+    yield "|---|--:|" + "--:|" * len(ASKED) + "---|---|"
+    for part, (_, expected) in FROZEN.items():
+        apart = apart_when_frozen(scores, seeds, part)
+        cells = [", ".join(f"{each:+.3f}" for each in own) for own in apart.values()]
+        here = verdict([each for own in apart.values() for each in own], expected)
+        sign = "above 0" if expected > 0 else "slightly below 0"
+        yield f"| {part} | {' | '.join(cells)} | {sign} | {here} |"
 
 
 def mean(values: Sequence[float]) -> float:
@@ -273,25 +282,32 @@ def mean(values: Sequence[float]) -> float:
 
 
 def draw(scores: Scores, seeds: Sequence[int], path: Path) -> None:
-    """The losses of both models in the three settings, task by task; a point for each seed."""
+    """Both tables: a point for each seed, grey where the paper's would lie."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(ASKED), figsize=(9, 3.6), layout="constrained")
-    order = ("base", "instructed", "direct", "both")
-    for task, panel in zip(ASKED, axes, strict=True):
-        for shift, (model, marker) in enumerate(zip(MODELS, "os", strict=True)):
-            for seed in seeds:
-                own = [loss(setting, task)(scores, model, seed) for setting in order]
-                panel.plot([at + 0.16 * (shift - 0.5) for at in range(len(order))], own, marker, color=f"C{shift}",
-                           label=model if seed == seeds[0] else None)  # fmt: skip
-        panel.set_xticks(range(len(order)), ["pre-trained", "instructed\n(never seen)", "direct", "both"])
-        panel.set_title(task)
-        panel.grid(axis="y", color="0.9")
-    axes[0].set_ylabel("held-out loss of answers (nats per token)")
-    axes[0].legend(frameon=False)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained", width_ratios=(3, 2))
+    rows = [(title.replace("`", ""), value, expected) for title, value, expected in ROWS[1:-2]]
+    for at, (_, value, expected) in enumerate(rows):
+        left.barh(at, expected * 0.1, height=0.8, color="0.92")
+        own = [value(scores, "moe", seed) - value(scores, "dense", seed) for seed in seeds]
+        left.plot(own, [at] * len(own), "o", color="C0")
+    left.set_yticks(range(len(rows)), [title for title, _, _ in rows])
+    left.set_xlabel("MoE - dense (nats per token)")
+    for at, (part, (_, expected)) in enumerate(FROZEN.items()):
+        right.barh(at, expected * 0.2, height=0.8, color="0.92")
+        for number, (title, own) in enumerate(apart_when_frozen(scores, seeds, part).items()):
+            label = "tasks tuned on" if title == "tuned" else f"{title}, never seen"
+            right.plot(own, [at + 0.2 * (number - 1)] * len(own), "o", color=f"C{number + 1}",
+                       label=None if at else label)  # fmt: skip
+    right.set_yticks(range(len(FROZEN)), [f"{part} frozen" for part in FROZEN])
+    right.set_xlabel("less nothing frozen (nats per token)")
+    right.legend(frameon=False, fontsize="small", loc="upper right")
+    for panel in (left, right):
+        panel.axvline(0, color="0.4", linewidth=1)
+        panel.invert_yaxis()
     figure.savefig(path, dpi=150)
 
 

@@ -149,13 +149,14 @@ def test_the_tables_of_the_grid_tell_differences_and_where_they_point(tmp_path):
     assert rows["direct: tuned on `reverse` alone"] == [
         "2.000", "2.250", "+0.250", "+0.250, +0.250", "above 0", "as there"]  # fmt: skip
     assert rows["both: instruction-tuned, then `category`"] == [
-        "1.500", "1.375", "-0.125", "-0.500, +0.250", "below 0", "seeds differ"]  # fmt: skip
+        "1.500", "1.375", "-0.125", "-0.500, +0.250", "below 0", "mixed"]  # fmt: skip
     assert rows["what it gains before a task (mean)"] == [
-        "0.500", "0.875", "+0.375", "+0.750, +0.000", "above 0", "seeds differ"]  # fmt: skip
+        "0.500", "0.875", "+0.375", "+0.750, +0.000", "above 0", "mixed"]  # fmt: skip
     assert rows["instruction-tuned, `reverse` never seen"][-1] == "against it"
-    frozen = {line.split("|")[1].strip(): line for line in frozen_table(scores, [1, 2])}
-    assert set(FROZEN) | {"nothing"} <= set(frozen)
-    assert "| 3.000 | +0.000, +0.000 | 4.125 | +0.125, +0.125 |" in frozen["router"]
+    frozen = {line.split(" | ")[0].strip("| "): line for line in frozen_table(scores, [1, 2])}
+    assert set(FROZEN) <= set(frozen)
+    for part, words in (("router", "slightly below 0 | mixed |"), ("experts", "above 0 | mixed |")):
+        assert frozen[part].endswith(f"| +0.000, +0.000 | +0.125, +0.125 | +0.125, +0.125 | {words}")
     assert list(exact_table(scores, [1, 2]))[-1] == "| both | 25.0% | 25.0% | 50.0% | 50.0% |"
     draw(scores, [1, 2], tmp_path / "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 10_000
