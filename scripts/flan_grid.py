@@ -36,7 +36,7 @@ SIZE = [
     "model.d_ff=384",
     "batch.sequence_length=128",
 ]
-"""Of both; 0.64 M parameters answer for each token, the sparse model has 1.63 M."""
+"""Of both; 0.64 M parameters answer for each token, the sparse model has 1.64 M."""
 MODELS = {"dense": ["model/moe=none"], "moe": ["model.moe.d_expert=192"]}
 FROZEN = {"router": ("[router]", -1), "experts": ("[experts]", 1), "MoE": ("[router,experts]", 1)}
 """What optim.freeze is, and the sign of the loss less that with nothing frozen in the paper."""
@@ -254,7 +254,7 @@ def exact_table(scores: Scores, seeds: Sequence[int]) -> Iterator[str]:
 
 
 def apart_when_frozen(scores: Scores, seeds: Sequence[int], part: str) -> dict[str, list[float]]:
-    """How far the loss of the instruction-tuned sparse model is above that with nothing frozen, with each seed: over the
+    """How far the loss of the instruction-tuned sparse model is above that with nothing frozen, with each seed: on the
     tasks tuned on (``tuned``), and on each that it has never seen."""
 
     def instructed(seed: int, tasks: Sequence[str], *, frozen: str) -> float:
@@ -304,7 +304,8 @@ def draw(scores: Scores, seeds: Sequence[int], path: Path) -> None:
                        label=None if at else label)  # fmt: skip
     right.set_yticks(range(len(FROZEN)), [f"{part} frozen" for part in FROZEN])
     right.set_xlabel("less nothing frozen (nats per token)")
-    right.legend(frameon=False, fontsize="small", loc="upper right")
+    figure.legend(frameon=False, fontsize="small", loc="outside upper right", ncols=3)
+    left.locator_params(axis="x", nbins=5)
     for panel in (left, right):
         panel.axvline(0, color="0.4", linewidth=1)
         panel.invert_yaxis()

@@ -139,8 +139,8 @@ def test_the_tables_of_the_grid_tell_differences_and_where_they_point(tmp_path):
     tuned, scores = dict.fromkeys(TUNED, 3.0), {}
     own = {"base": 5.0, "direct": 2.0, "instructed": 4.0, "both": 1.5}
     for point in points([1, 2]):
-        # sparse: worse direct with both seeds, better afterwards with one
-        sparse = {"direct": 0.25, "both": -0.5 if point.seed == 1 else 0.25}.get(point.setting, 0.0)
+        # sparse: worse direct and zero-shot with both seeds, better afterwards with one
+        sparse = {"direct": 0.25, "instructed": 0.125, "both": -0.5 if point.seed == 1 else 0.25}.get(point.setting, 0)
         value = own[point.setting] + (sparse if point.model == "moe" else 0.0) + 0.125 * bool(point.frozen)
         scores[point.name] = {"loss": tuned | {"reverse": value, "category": value},
                               "exact": {"reverse": 0.25, "category": 0.5}}  # fmt: skip
