@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,18 @@ def exact_match(run_dir: Path, questions: Path) -> float:
     return sum(said.strip() == row["response"] for said, row in zip(answers, rows, strict=True)) / len(rows)
 
 
+def hold_together(out: Path, steps: Steps) -> None:
+    """End where the points that are there were made with other steps: they would stand in one table."""
+    path = out / "steps.json"
+    if path.exists() and (was := json.loads(path.read_text(encoding="ascii"))) != asdict(steps):
+        sys.exit(f"{out} was made with {was}, not {asdict(steps)}: give the same, or another directory")
+    path.write_text(json.dumps(asdict(steps)), encoding="ascii")
+
+
 def run(out: Path, seeds: Sequence[int], steps: Steps) -> dict[str, dict[str, Any]]:
     """Make every point that is not there; the marks of all."""
     (out / "scores").mkdir(parents=True, exist_ok=True)
+    hold_together(out, steps)
     make_data(out)
     found: dict[str, dict[str, Any]] = {}
     for point in points(seeds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,16 @@ def test_the_grid_of_flan_moe_names_runs_that_pass_the_checks_and_begin_from_one
     tuned = next(word for word in settings(Point("moe", 3, "instructed"), steps) if word.startswith("data.text"))
     assert "define" in tuned
     assert not any(task in tuned for task in ASKED)
+
+
+def test_a_grid_is_not_gone_on_with_in_another_length(tmp_path):
+    from flan_grid import Steps, hold_together
+
+    steps = Steps(base=20, instructed=10, task=5, lr=1e-3)
+    hold_together(tmp_path, steps)
+    hold_together(tmp_path, steps)
+    with pytest.raises(SystemExit, match="give the same, or another directory"):
+        hold_together(tmp_path, replace(steps, base=30))
 
 
 def test_the_tables_of_the_grid_tell_differences_and_where_they_point(tmp_path):
