@@ -16,10 +16,12 @@ from moetrain.errors import DataError
 
 CONTENT = "{content}"
 ASSISTANT = "assistant"
+# one line break, not two: byte-level tokenizers take two at the end of a piece as one token, but two in the middle of a
+# prompt that is written as a whole (`moetrain sample`, an exported model's chat template) as two
 TEMPLATE = {
-    "system": "{content}\n\n",
-    "user": "### User:\n{content}\n\n",
-    ASSISTANT: "### Assistant:\n{content}\n\n",
+    "system": "{content}\n",
+    "user": "### User:\n{content}\n",
+    ASSISTANT: "### Assistant:\n{content}\n",
 }
 """Where no other is given."""
 

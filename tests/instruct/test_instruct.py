@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.loader import NOT_COUNTED, HeldOutText, Sequences, held_out_batches
 from moetrain.errors import DataError
 from moetrain.instruct.build import instruction_directory, prepare_instructions
+from moetrain.instruct.template import TEMPLATE as DEFAULT
 from moetrain.instruct.template import Part, check_template, parts_of
 from moetrain.prepare.build import Options
 
@@ -172,3 +174,26 @@ def test_a_damaged_mask_is_told(tmp_path):
     (found.directory / "train.counted.npy").unlink()
     with pytest.raises(DataError, match="is damaged"):
         open_counted(found)
+
+
+def test_a_prompt_written_as_a_whole_has_the_tokens_it_was_trained_with(tmp_path):
+    """`moetrain sample` encodes all of it at once; so the template must not make other tokens where pieces meet."""
+    rows = [*PAIRS, {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]}]
+    found = prepared(tmp_path, rows, template=None, vocab_size=330)
+    tokenizer = Tokenizer.from_file(str(found.tokenizer_path))
+    for row in rows:
+        pieces = [part.text for part in parts_of(row, template=DEFAULT, where="")]
+        ids = [id_ for piece in pieces for id_ in tokenizer.encode(piece).ids]
+        assert tokenizer.encode("".join(pieces)).ids == ids
+
+
+def test_two_runs_that_prepare_the_same_at_once_share_it(tmp_path):
+    """Whoever is second takes what is there."""
+    other = prepared(tmp_path, PAIRS).directory.rename(tmp_path / "made by the other run")
+
+    def other_is_faster(stage: str, done: int, total: int) -> None:
+        if stage == "encode" and not (tmp_path / "p").exists():
+            shutil.copytree(other, tmp_path / "p")
+
+    assert prepared(tmp_path, PAIRS, progress=other_is_faster).directory == tmp_path / "p"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made by the other run", "p", "rows.jsonl"]
