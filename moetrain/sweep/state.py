@@ -4,6 +4,7 @@ SWEEP_DIR/
   sweep.json  lock  report.html
   runs/POINT_seed-1/      a run directory like any other
   log/POINT_seed-1.log    what its command printed
+  array/001/              a job array of SLURM: script, commands, what each printed
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from moetrain.sweep.grid import Point
 from moetrain.sweep.settings import SweepConfig
 
 STATE_FILE = "sweep.json"
-WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+WAITING, QUEUED, RUNNING, DONE, FAILED, STOPPED = "waiting", "queued", "running", "done", "failed", "stopped"
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,8 @@ class Run:
     point: str
     seed: int
     status: str = WAITING
-    """waiting, running, done, failed (its retries are used up) or stopped (by successive halving)."""
+    """waiting, queued (given to SLURM; ``work.array`` knows what became of it), running, done, failed (its retries are
+    used up) or stopped (by successive halving)."""
     attempts: int = 0
     """Starts that failed."""
     note: str = ""
@@ -127,9 +129,9 @@ def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) ->
     if (directory / STATE_FILE).is_file():
         earlier = Sweep.read(directory)
         known, runs = dict(earlier.points), earlier.runs
-        changed = [point for point in points if point.name in known and known[point.name].overrides != point.overrides]
+        changed = [point for point in points if point.name in known and _trained(known[point.name]) != _trained(point)]
         if changed:
-            was, now = known[changed[0].name].overrides, changed[0].overrides
+            was, now = _trained(known[changed[0].name]), _trained(changed[0])
             told = f"{' '.join(sorted(set(was) - set(now))) or 'without'} -> {' '.join(sorted(set(now) - set(was)))}"
             raise ConfigError(
                 [
@@ -148,6 +150,11 @@ def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) ->
         if run.status in (RUNNING, FAILED):
             run.status, run.attempts, run.note = WAITING, 0, ""
     return Sweep(directory, config, known, runs)
+
+
+def _trained(point: Point) -> list[str]:
+    """What it trains; where it does may change from start to start."""
+    return [override for override in point.overrides if not override.startswith(("launch=", "launch."))]
 
 
 def _point(entry: dict[str, Any]) -> Point:

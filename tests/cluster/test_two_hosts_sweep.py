@@ -1,0 +1,55 @@
+"""A sweep on two hosts: each run on both, or two runs at a time on one each."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cluster.conftest import LIMIT_SECONDS, Place
+from cluster.two_hosts import ADDRESSES, NAMES, Hosts
+
+pytestmark = pytest.mark.cluster
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(hosts: Hosts, place: Place) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        started.append(hosts.start(0, words, environment=place.environment, cwd=place.directory))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "launcher"),
+    [
+        ("in_turn", [f"launch.hosts=[{','.join(NAMES)}]", f"launch.master_addr={ADDRESSES[0]}", "jobs=1"],
+         "2 nodes of 1 processes (hostfile)"),
+        # names of nodes that meet each other must be known to all: here they are addresses
+        ("shared", [f"launch.hosts=[{','.join(ADDRESSES)}]", "jobs=2"], "1 nodes of 1 processes (hostfile)"),
+    ],
+    ids=["in_turn", "shared"],
+)  # fmt: skip
+def test_a_grid_on_two_hosts(place: Place, start: Start, name: str, words: list[str], launcher: str) -> None:
+    train = place.train("each", "launch=hostfile", "launch.interface=eth0", "launch.processes=1", *words,
+                        "schedule.steps=4", "checkpoint.every_steps=null", "parallel.expert_parallel=1")  # fmt: skip
+    process = start(*train[:3], "sweep", f"name={name}", "seed=1,2", *train[5:])
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, output + errors
+    directory = place.directory / "sweeps" / name
+    logs = [path.read_text() for path in sorted((directory / "log").glob("*.log"))]
+    assert len(logs) == 2
+    for log in logs:
+        assert launcher in log
+    used = {path.read_text() for path in directory.glob("runs/*/launch/hostfile")}
+    assert used == ({f"{host} slots=1\n" for host in ADDRESSES} if name == "shared"
+                    else {"".join(f"{host} slots=1\n" for host in NAMES)})  # fmt: skip
