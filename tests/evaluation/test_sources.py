@@ -13,8 +13,8 @@ from own_runs import write_own_run
 
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.data.corpus import Prepared
-from moetrain.evaluation.text import apart
 from moetrain.hub.generate import load_model
+from moetrain.page.experts import apart
 from moetrain.prepare.directory import prepare
 
 S = 12
