@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ from moetrain.sweep.state import DONE, FAILED, QUEUED, RUNNING, STOPPED, WAITING
 
 _WATCH_SECONDS, _ASK_SECONDS = 2.0, 10.0
 """Between two looks; where a queue is asked, which others use too."""
+_WIDEST, _LONGEST_NOTE = 1_000, 60
 _MARKS = {DONE: "green", RUNNING: "cyan", FAILED: "red", STOPPED: "yellow", QUEUED: "blue", WAITING: "dim"}
 
 
@@ -57,10 +59,16 @@ def grid_text(directory: Path, config: SweepConfig, points: Sequence[Point]) -> 
 
 def status_table(sweep: Sweep) -> None:
     """Print a line for each run, and how many are in which state."""
-    # soft_wrap: a narrow terminal, or none at all, must not cut names short
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(_headline(sweep))
-    console.print(_table(sweep, sweep.runs))
+    console, table = Console(highlight=False), _table(sweep, sweep.runs)
+    console.print(_headline(sweep), soft_wrap=True)
+    if console.is_terminal:
+        console.print(table)
+        return
+    # for whoever reads the lines: each run is one, whatever its length
+    console.width = Measurement.get(console, console.options.update(width=_WIDEST), table).maximum
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def watch(read: Callable[[], Sweep], *, console: Console | None = None) -> None:
@@ -99,18 +107,20 @@ def _fitting(sweep: Sweep, *, height: int) -> Group:
     foot = f"… and {left} more; " if left else ""
     return Group(
         Text.from_markup(_headline(sweep)),
-        _table(sweep, shown),
+        _table(sweep, shown, longest=_LONGEST_NOTE),
         Text(f"{foot}Ctrl-C ends this view, not the runs", "dim"),
     )
 
 
-def _table(sweep: Sweep, runs: Sequence[Run]) -> Table:
+def _table(sweep: Sweep, runs: Sequence[Run], *, longest: int | None = None) -> Table:
     """A line for each of some runs; the loss of one that is not at its end is that of training, in brackets."""
     table = Table("run", "status", "", "step", "loss", "seconds", "", box=None, pad_edge=False, header_style="dim")
     for column in table.columns[2:6]:
         column.justify = "right"
-    for column in table.columns:
+    # where it is narrow, it is the note that goes on in the next line
+    for column in table.columns[:6]:
         column.no_wrap = True
+    table.columns[6].overflow = "fold"
     results = sweep.results()
     for run in runs:
         result, lines = results.get(run.name), _lines(sweep.run_dir(run))
@@ -125,6 +135,8 @@ def _table(sweep: Sweep, runs: Sequence[Run]) -> Table:
                 f"{seconds_of(lines)[-1]:,.0f}",
             )
         note = run.note or (f"tried {run.attempts + 1} times" if run.attempts else "")
+        if longest is not None and len(note) > longest:
+            note = f"{note[: longest - 1]}…"
         table.add_row(escape(run.name), f"[{_MARKS[run.status]}]{run.status}[/]", *told, escape(note))
     return table
 

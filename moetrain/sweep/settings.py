@@ -108,7 +108,10 @@ def freeze_sweep(settings: dict[str, Any], axes: Sequence[Axis]) -> SweepConfig:
     if config.keep not in KEPT:
         problems.append(f"keep is {config.keep!r}, but must be one of {', '.join(KEPT)}")
     if not axes:
-        problems.append("no axis is given: write SETTING=value,value,…, or experiment=NAME of a file in configs/sweep")
+        problems.append(
+            "no axis is given: write SETTING=value,value,…, or experiment=NAME of a file in configs/sweep (seeds alone "
+            "compare nothing)"
+        )
     if problems:
         raise ConfigError(problems)
     return config
@@ -144,6 +147,10 @@ def _names(config: SweepConfig, axes: Sequence[Axis]) -> list[str]:
         problems.append(f"free is {config.free}, which is an axis: name a setting that is not")
     if not re.fullmatch(r"[\w.@+-]+", config.name):
         problems.append(f"name is {config.name!r}, but must be letters, digits and . _ - + @: it names a directory")
+    taken = {"seed": "seeds: [1, 2]", "name": "name", "run_dir": "sweep_dir"}
+    for name in [*names, *(word.partition("=")[0] for word in config.settings)]:
+        if name in taken:
+            problems.append(f"{name} is given as a setting of the runs, but a sweep sets it itself: use {taken[name]}")
     for axis in axes:
         labels = [choice.label for choice in axis.choices]
         if len(set(labels)) < len(labels):

@@ -78,8 +78,8 @@ class TestLaunchers:
 
     def test_the_launcher_may_change_from_start_to_start(self, moetrain_in_process, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        done = moetrain_in_process("sweep", "seed=1,2", "name=moved", "launch=slurm", "launch.slurm.partition=gpu",
-                                   "launch.nodes=2", "jobs=4", "retries=3", "--dry-run")  # fmt: skip
+        words = ("model.num_layers=1,2", "name=moved", "launch=slurm", "launch.slurm.partition=gpu", "launch.nodes=2")
+        done = moetrain_in_process("sweep", *words, "jobs=4", "retries=3", "--dry-run")
         assert "#SBATCH --array=0-1%4\n" in done.stdout
         assert "#SBATCH --nodes=2\n" in done.stdout
         assert "--retries 3 --array" in done.stdout

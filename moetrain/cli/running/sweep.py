@@ -35,7 +35,7 @@ on where it stopped; what failed is tried again. See docs/sweep.md.
   keep=WHAT           active_flops, total_parameters, memory or time: kept equal by adjusting
   free=SETTING        this setting (default model.moe.d_expert),
   within=AXIS         within each value of this axis
-  seeds=1,2           each point once with each seed
+  seeds=1,2           each point once with each seed; seed=1,2 means the same
   jobs=N              runs at the same time, each on cores, GPUs or hosts of its own
   launch=hostfile     each run on the hosts of launch.hosts, or on 1/jobs of them
   launch=slurm        an array of jobs; this command ends when it is in the queue
@@ -159,7 +159,11 @@ def read_sweep(options: Options, *, axes: Sequence[Axis] = ()) -> tuple[SweepCon
     given: dict[str, Any] = dict(content)
     for word in words:
         key, _, value = word.partition("=")
-        if key in own_names:
+        if key == "seed":
+            # a seed is no setting to be compared, and each point has all of them
+            each = [one.partition("=")[2] for one in values_of(word) or [word]]
+            given["seeds"] = [number(one) for one in each]
+        elif key in own_names:
             given[key] = _own(key, value)
         elif (named := _named_axis(axes, key)) is not None:
             labels = [each.partition("=")[2] for each in values_of(word) or [word]]
