@@ -64,3 +64,18 @@ class RunLock:
             ) from error
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a launcher holds the run, on this machine or on one that shares the file system."""
+    try:
+        file = os.open(run_dir / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False

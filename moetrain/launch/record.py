@@ -1,4 +1,4 @@
-"""RUN_DIR/launch/state.json: how the last start of a run went, for those who did not watch.
+"""RUN_DIR/launch/state.json: how a run went the last time, for those who did not watch.
 
 {"state": "running" | "finished" | "stopped" | "failed", "message": "…", "time": 1700000000.0}
 """
@@ -28,26 +28,18 @@ class Record:
 
 
 @contextmanager
-def recorded(run_dir: Path, *, is_run: bool = True) -> Iterator[Callable[[Outcome], Outcome]]:
-    """Write down that a start runs, and how it ends; give its outcome to what is yielded, which returns it.
-
-    Args:
-        is_run: false: something else runs in the directory, such as a check before the run; nothing is written.
-    """
-
-    def write(state: str, message: str = "") -> None:
-        if is_run:
-            _write(run_dir, state, message)
+def recorded(run_dir: Path) -> Iterator[Callable[[Outcome], Outcome]]:
+    """Write down that a run runs, and how it ends; give its outcome to what is yielded, which returns it."""
 
     def record(outcome: Outcome) -> Outcome:
-        write("stopped" if outcome.stopped else "finished")
+        _write(run_dir, "stopped" if outcome.stopped else "finished")
         return outcome
 
-    write("running")
+    _write(run_dir, "running")
     try:
         yield record
     except BaseException as error:
-        write("failed", str(error))
+        _write(run_dir, "failed", str(error))
         raise
 
 
@@ -64,7 +56,7 @@ def forget(run_dir: Path) -> None:
     (run_dir / "launch" / _FILE).unlink(missing_ok=True)
 
 
-def _write(run_dir: Path, state: str, message: str) -> None:
+def _write(run_dir: Path, state: str, message: str = "") -> None:
     path = run_dir / "launch" / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from moetrain.config.checks import steps_in_run
 from moetrain.config.freeze import RUN_FILE, read_run
 from moetrain.errors import LaunchError, MoetrainError
 from moetrain.launch.cluster import slurm
+from moetrain.launch.lock import is_running
 from moetrain.launch.nodes.spec import CONSOLE, request
 from moetrain.launch.record import read_record
 from moetrain.metrics.log import read_metrics
@@ -86,7 +85,8 @@ def status(run_dir: Path) -> Status:
 
 
 def log_file(run_dir: Path, *, rank: int | None) -> Path:
-    """What a rank has printed; None: the run itself, as its terminal has it, or what stands for that.
+    """What a rank has printed; None: the run itself, as its terminal has it, or what stands for that; of a job that
+    never came to it, what the job has printed.
 
     Raises:
         LaunchError: there is no such file.
@@ -96,6 +96,9 @@ def log_file(run_dir: Path, *, rank: int | None) -> Path:
     for name in names:
         if (directory / name).is_file():
             return directory / name
+    jobs = sorted(directory.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime) if rank is None else []
+    if jobs:
+        return jobs[-1]
     there = sorted(path.name for path in directory.glob("rank_*.log")) if directory.is_dir() else []
     told = f"there are {there[0]} to {there[-1]}" if there else "it has not started yet"
     raise LaunchError(f"{directory} has no {' or '.join(names)}: {told}")
@@ -122,21 +125,6 @@ def cancel(run_dir: Path, *, now: bool) -> str:
         raise LaunchError(f"{run_dir} does not run: there is nothing to cancel (moetrain status tells how it ended)")
     request(run_dir, kill=now)
     return f"{run_dir} was asked to {'end at once' if now else 'save and stop'}"
-
-
-def is_running(run_dir: Path) -> bool:
-    """Whether a launcher holds the run, on this machine or on one that shares the file system."""
-    try:
-        file = os.open(run_dir / "lock", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
 
 
 def _may_run_elsewhere(run_dir: Path) -> bool:

@@ -18,8 +18,8 @@ from moetrain.launch.cluster import kubernetes, slurm
 from moetrain.launch.local import WORKER, Outcome, run_local
 from moetrain.launch.machine.ranks import Order
 from moetrain.launch.nodes.hostfile import run_hostfile
-from moetrain.launch.nodes.spec import no_requests, requested
-from moetrain.launch.record import recorded
+from moetrain.launch.nodes.hosts import hosts_of
+from moetrain.launch.nodes.spec import requested
 
 
 def start(
@@ -27,6 +27,7 @@ def start(
     launch: LaunchConfig,
     *,
     module: str = WORKER,
+    in_job: bool = False,
     on_poll: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run ``python -m MODULE RUN_DIR`` as one process for each rank, on every node, and wait for all of them.
@@ -39,33 +40,33 @@ def start(
         run_dir: where run.yaml lies; on several nodes, in a file system that all of them share.
         launch: resolved: nodes and processes are numbers.
         module: what each rank runs.
+        in_job: we are the SLURM job that ``launch`` asks for, on its first node.
         on_poll: called about ten times a second meanwhile.
 
     Returns:
-        How it ended; ``queued`` is not empty where it is only handed over (slurm outside a job, kubernetes).
+        How it ended; ``queued`` is not empty where it is only handed over: a run to slurm outside a job, or to
+        kubernetes. Another module than the run's own waits for the job.
 
     Raises:
         LaunchError: a rank failed; NodeLost: a node is gone. The culprit's error alone.
         MoetrainError: a rank met a fault that the user can mend.
     """
-    if launch.kind == "slurm":
-        return slurm.submit(run_dir, launch, module=module)
+    if launch.kind == "slurm" and not in_job:
+        return slurm.submit(run_dir, launch) if module == WORKER else slurm.run_as_job(run_dir, launch, module=module)
     if launch.kind == "kubernetes":
         return kubernetes.write(run_dir, launch, module=module)
-    with recorded(run_dir, is_run=module == WORKER) as record:
-        if launch.kind == "hostfile":
-            return record(run_hostfile(run_dir, launch, module=module, on_poll=on_poll))
-        no_requests(run_dir)
-        return record(
-            run_local(
-                run_dir,
-                processes=launch.processes or 1,
-                command=[sys.executable, "-m", module, str(run_dir)],
-                bind_cores=launch.bind_cores,
-                order=_once_a_second(lambda: requested(run_dir)),
-                on_poll=on_poll,
-            )
-        )
+    if launch.kind == "hostfile":
+        return run_hostfile(run_dir, launch, module=module, on_poll=on_poll)
+    if launch.kind == "slurm":
+        return slurm.run_in_job(run_dir, launch, module=module, on_poll=on_poll)
+    return run_local(
+        run_dir,
+        processes=launch.processes or 1,
+        command=[sys.executable, "-m", module, str(run_dir)],
+        bind_cores=launch.bind_cores,
+        order=_once_a_second(lambda: requested(run_dir)),
+        on_poll=on_poll,
+    )
 
 
 def handed_over(run_dir: Path, launch: LaunchConfig) -> str:
@@ -75,6 +76,13 @@ def handed_over(run_dir: Path, launch: LaunchConfig) -> str:
     if launch.kind == "kubernetes":
         return kubernetes.manifest_text(run_dir, launch)
     return ""
+
+
+def node_names(launch: LaunchConfig, *, in_job: bool = False) -> list[str]:
+    """What the launcher calls the nodes, in order; empty: it has no names for them here."""
+    if launch.kind == "hostfile":
+        return [host.name for host in hosts_of(launch)]
+    return slurm.nodes_of_job(launch) if launch.kind == "slurm" and in_job else []
 
 
 def _once_a_second(ask: Callable[[], Order]) -> Callable[[], Order]:

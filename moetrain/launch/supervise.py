@@ -9,12 +9,11 @@ settings, data, checkpoints, the training itself          never: it would fail a
 from __future__ import annotations
 
 import re
-import signal
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from moetrain.checkpoint.store import step_of, whole_checkpoints
 from moetrain.config.checks import check
@@ -22,7 +21,9 @@ from moetrain.config.freeze import flatten, to_dict
 from moetrain.config.launch.settings import LaunchConfig
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError, LostError, MoetrainError
+from moetrain.launch.machine.ranks import Order, StopRequests
 from moetrain.launch.nodes.hosts import hosts_of
+from moetrain.launch.nodes.spec import requested
 from moetrain.plan.layout import Layout, offered
 from moetrain.plan.memory import memory_of
 from moetrain.watch import board
@@ -81,6 +82,7 @@ def supervise(
         MoetrainError: the fault that ended it.
     """
     incidents = Incidents(run_dir, say=say)
+    pause = pause or partial(wait, run_dir=run_dir)
     begun, limit = time.monotonic(), run.launch.stop_after_minutes
     before: _Place | None = None
     for restarts in range(run.launch.max_restarts + 1):
@@ -107,7 +109,7 @@ def supervise(
             before = None
         kind = "restart" if smaller is None else "smaller"
         incidents.add(kind, step=step, rank=_number(now.rank), what=first_line, done=done)
-        if (pause or wait)(seconds):
+        if pause(seconds):
             return True
         if limit is not None:
             left = max(0.01, limit - (time.monotonic() - begun) / 60)
@@ -140,8 +142,12 @@ def on_fewer(run: RunConfig, *, processes: int, device_bytes: int | None = None)
 
 def without(launch: LaunchConfig, lost: Collection[str]) -> LaunchConfig:
     """The same hosts but the lost ones. At least one is left."""
-    left = [host.name for host in hosts_of(launch) if host.name not in lost]
-    return replace(launch, hostfile=None, hosts=left, nodes=len(left), master_addr=None)
+    names = [host.name for host in hosts_of(launch)]
+    left = [name for name in names if name not in lost]
+    # the address that was given is the first host's
+    address = launch.master_addr if left[0] == names[0] else None
+    interfaces = {name: value for name, value in (launch.interfaces or {}).items() if name in left} or None
+    return replace(launch, hostfile=None, hosts=left, nodes=len(left), master_addr=address, interfaces=interfaces)
 
 
 def device_bytes(run_dir: Path, *, processes: int) -> int | None:
@@ -150,24 +156,15 @@ def device_bytes(run_dir: Path, *, processes: int) -> int | None:
     return min((each.device_bytes for each in beats if each and each.device_bytes), default=None)
 
 
-def wait(seconds: float) -> bool:
-    """Wait, with the signals that ask a run to stop answered by True."""
-    asked = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    old = {name: signal.signal(name, note) for name in names}
-    try:
-        end = time.monotonic() + seconds
-        while not asked and time.monotonic() < end:
+def wait(seconds: float, *, run_dir: Path) -> bool:
+    """Wait; True, and at once: somebody asked the run to stop, by a signal or by ``moetrain cancel``."""
+    end = time.monotonic() + seconds
+    with StopRequests() as requests:
+        while requests.count == 0 and requested(run_dir) is Order.GO_ON:
+            if time.monotonic() > end:
+                return False
             time.sleep(0.05)
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
-    return asked
+    return True
 
 
 def _why_not(run: RunConfig, *, restarts: int, again: bool) -> str:

@@ -89,7 +89,7 @@ class WorkBar:
     def say(self, line: str) -> None:
         """A line above the bar."""
         if self._shown:
-            self._bar.console.print(line, highlight=False, markup=False)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _amount(total: int | None) -> ProgressColumn:

@@ -12,7 +12,12 @@ import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from moetrain.errors import MoetrainError
 
 PARENT_PID = "MOETRAIN_PARENT_PID"
 """Environment variable in which a launcher tells its workers its own process id."""
@@ -58,14 +63,35 @@ def error_path(log_dir: Path, *, rank: int) -> Path:
     return log_dir / f"rank_{rank:05d}.error.json"
 
 
-def write_error(log_dir: Path, *, rank: int, error: BaseException, user: bool) -> None:
+def end_as_rank(work: Callable[[Path], int], directory: Path) -> NoReturn:
+    """Do a rank's work, leave its error, if there is one, where the launcher looks for it, and end this process.
+
+    Args:
+        work: gets the directory; its exit code is the process's. After an error that is 2 where the user can mend the
+            fault, else 1.
+        directory: RUN_DIR; the error goes to its log/.
+    """
+    try:
+        code = work(directory)
+    except BaseException as error:  # some of torch.distributed's are no Exception
+        write_error(directory / "log", rank=int(os.environ.get("RANK", "0")), error=error)
+        traceback.print_exc()
+        code = 2 if isinstance(error, MoetrainError) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: threads that a library left behind, or a process group that waits for a dead rank, would keep us
+    # alive, or abort the interpreter's own clean-up
+    os._exit(code)
+
+
+def write_error(log_dir: Path, *, rank: int, error: BaseException) -> None:
     """Leave the error of a rank where the launcher looks for it.
 
     Args:
         log_dir: RUN_DIR/log.
-        user: whether the fault is one the user can mend.
     """
-    content = {"rank": rank, "type": type(error).__name__, "message": str(error), "user": user, "time": time.time()}
+    content = {"rank": rank, "type": type(error).__name__, "message": str(error),
+               "user": isinstance(error, MoetrainError), "time": time.time()}  # fmt: skip
     path = error_path(log_dir, rank=rank)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content), encoding="utf-8")

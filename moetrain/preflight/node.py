@@ -13,12 +13,11 @@ import json
 import os
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from moetrain.parallel.lifeline import die_with_parent, write_error
+from moetrain.parallel.lifeline import die_with_parent, end_as_rank
 
 if __name__ == "__main__":
     # before torch is imported, which takes seconds: a launcher that dies meanwhile must not leave this rank behind
@@ -33,7 +32,7 @@ import torch.distributed as dist
 
 from moetrain.config.freeze import freeze_section, read_run
 from moetrain.config.schema import RunConfig
-from moetrain.errors import LaunchError, MoetrainError
+from moetrain.errors import LaunchError
 from moetrain.parallel import groups as process_groups
 from moetrain.preflight.measure import Exchanged, measure
 from moetrain.preflight.seen.facts import (
@@ -258,21 +257,11 @@ def _grown(before: list[Port], after: list[Port]) -> dict[str, int]:
 
 
 def main(place: Path) -> int:
-    """Run a rank and leave its error, if there is one, where the launcher looks for it. Returns the exit code."""
+    """Run a rank; returns the exit code."""
     torch.set_num_threads(1)
-    try:
-        run_rank(place)
-    except BaseException as error:  # some of torch.distributed's are no Exception
-        write_error(place / "log", rank=int(os.environ.get("RANK", "0")), error=error,
-                    user=isinstance(error, MoetrainError))  # fmt: skip
-        traceback.print_exc()
-        return 2 if isinstance(error, MoetrainError) else 1
+    run_rank(place)
     return 0
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # not sys.exit: threads that a library left behind could keep us alive, or abort the interpreter's own clean-up
-    os._exit(code)
+    end_as_rank(main, Path(sys.argv[1]))

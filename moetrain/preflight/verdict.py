@@ -68,15 +68,24 @@ def in_the_way(found: Found) -> str | None:
     return None
 
 
-def judge(found: Found, *, needs: Needs, stated: Stated | None, failure: str | None = None, dtype: str) -> list[Line]:
+def judge(
+    found: Found,
+    *,
+    needs: Needs,
+    stated: Stated | None,
+    failure: str | None = None,
+    dtype: str,
+    hosts: Sequence[str] = (),
+) -> list[Line]:
     """Hold what was found against every rule, the gravest lines first.
 
     Args:
         stated: None: no cluster was named, and what was measured is held against the rest of it.
         failure: what ended the ranks while they measured.
         dtype: of the run.
+        hosts: what the launcher calls the nodes, in order; empty: as they call themselves.
     """
-    names = node_names(found)
+    names = node_names(found) | dict(enumerate(hosts))
     lines = [*_absent(found, names)]
     for rule in RULES:
         lines += _of_rule(rule, found.nodes, names, needs=needs)
@@ -125,19 +134,17 @@ def nodes_to_leave_out(lines: Sequence[Line]) -> list[int]:
                      [line.link for line in grave if line.link is not None])  # fmt: skip
 
 
-def write_report(
-    found: Found, lines: Sequence[Line], run_dir: Path, *, hosts: Sequence[str] | None = None
-) -> Path | None:
+def write_report(found: Found, lines: Sequence[Line], run_dir: Path, *, hosts: Sequence[str] = ()) -> Path | None:
     """Leave ``preflight.json``, and ``hostfile.good`` where leaving some nodes out helps.
 
     Args:
-        hosts: what the launcher calls the nodes, in order; None: as they call themselves.
+        hosts: as in ``judge``.
 
     Returns:
         The hostfile; None: there is nothing to leave out, or nothing would be left.
     """
     out = nodes_to_leave_out(lines)
-    called = {facts.node: facts.host for facts in found.nodes} | dict(enumerate(hosts or []))
+    called = {facts.node: facts.host for facts in found.nodes} | dict(enumerate(hosts))
     good = [called[facts.node] for facts in found.nodes if facts.node not in out]
     report = {"verdict": overall(lines), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               "lines": [asdict(line) for line in lines], 

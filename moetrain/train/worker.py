@@ -6,13 +6,12 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetrain.parallel.lifeline import die_with_parent, write_error
+from moetrain.parallel.lifeline import die_with_parent, end_as_rank
 
 if __name__ == "__main__":
     # before torch is imported, which takes seconds: a launcher that dies meanwhile must not leave this rank behind
@@ -335,25 +334,11 @@ def _evaluator(parts: Parts) -> Evaluator:
 
 
 def main(run_dir: Path) -> int:
-    """Run a rank and leave its error, if there is one, where the launcher looks for it.
-
-    Returns:
-        The exit code: 0 finished, 75 stopped on request, 2 a fault the user can mend, 1 any other.
-    """
-    try:
-        finished = run_rank(run_dir)
-    except BaseException as error:  # some of torch.distributed's are no Exception
-        write_error(run_dir / "log", rank=int(os.environ.get("RANK", "0")), error=error,
-                    user=isinstance(error, MoetrainError))  # fmt: skip
-        traceback.print_exc()
-        return 2 if isinstance(error, MoetrainError) else 1
+    """Run a rank; returns the exit code: 0 finished, 75 stopped on request."""
+    finished = run_rank(run_dir)
     process_groups.stop()
     return 0 if finished else STOPPED
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # not sys.exit: after a failure, the threads of a process group that waits for a dead rank would keep us alive
-    os._exit(code)
+    end_as_rank(main, Path(sys.argv[1]))

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
-from moetrain.parallel.lifeline import die_with_parent, write_error
+from moetrain.parallel.lifeline import die_with_parent, end_as_rank
 
 if __name__ == "__main__":
     # before torch is imported, which takes seconds: a launcher that dies meanwhile must not leave this rank behind
@@ -29,7 +28,6 @@ from moetrain.checkpoint.state import Fragment
 from moetrain.config.checks import steps_in_run
 from moetrain.config.schema import RunConfig
 from moetrain.data.loader import Batches, Sequences
-from moetrain.errors import MoetrainError
 from moetrain.model.objective import MicroBatch
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.groups import Groups
@@ -200,24 +198,14 @@ def _steps(run: RunConfig) -> int:
 
 
 def main(directory: Path) -> int:
-    """Run a rank and leave its error, if there is one, where the launcher looks for it. Returns the exit code."""
+    """Run a rank; returns the exit code."""
     logging.disable(logging.WARNING)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what DeepSpeed prints goes to the log, not across the bar
     torch.set_num_threads(1)  # tensors are small: more threads only wait for each other
-    try:
-        run_rank(directory)
-        dist.barrier()  # a rank that leaves early would break the collectives of those behind it
-    except BaseException as error:  # some of torch.distributed's are no Exception
-        write_error(directory / "log", rank=int(os.environ.get("RANK", "0")), error=error,
-                    user=isinstance(error, MoetrainError))  # fmt: skip
-        traceback.print_exc()
-        return 2 if isinstance(error, MoetrainError) else 1
+    run_rank(directory)
+    dist.barrier()  # a rank that leaves early would break the collectives of those behind it
     return 0
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # not sys.exit: threads that a library left behind could keep us alive, or abort the interpreter's own clean-up
-    os._exit(code)
+    end_as_rank(main, Path(sys.argv[1]))

@@ -244,7 +244,7 @@ def watched(
     def on_hang(step: int, found: Hang) -> None:
         incidents.add("hang", step=step, rank=found.rank, what=found.text,
                       done="the run is stopped; the stacks of the ranks are in its log directory")  # fmt: skip
-        write_error(run_dir / "log", rank=rank, error=HangError(f"at step {step:,}, {found.text}"), user=True)
+        write_error(run_dir / "log", rank=rank, error=HangError(f"at step {step:,}, {found.text}"))
 
     hang_seconds = timeout_seconds / 2 if settings.hang_seconds is None else settings.hang_seconds
     watchdog = Watchdog(

@@ -51,8 +51,11 @@ class Place:
         return subprocess.run(command, cwd=self.directory, env=self.environment | environment, capture_output=True,
                               text=True, timeout=LIMIT_SECONDS)  # fmt: skip
 
+    def run_dir(self, name: str) -> Path:
+        return self.directory / "runs" / name
+
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        path = self.directory / "runs" / name / "metrics.jsonl"
+        path = self.run_dir(name) / "metrics.jsonl"
         # a last line may be half written while the run goes on
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]

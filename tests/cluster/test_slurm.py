@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cluster.conftest import Place
+from cluster.conftest import SETTINGS, Place
 from cluster.two_node_slurm import Slurm
 from moetrain.config.launch.settings import SlurmConfig
 from moetrain.launch.cluster.slurm import submit_array
@@ -23,7 +24,7 @@ Wait = Callable[..., None]
 
 
 def job(place: Place, name: str) -> str:
-    return str(json.loads((place.directory / "runs" / name / "launch/job.json").read_text())["job"])
+    return str(json.loads((place.run_dir(name) / "launch/job.json").read_text())["job"])
 
 
 def state(slurm: Slurm, number: str) -> str:
@@ -34,7 +35,7 @@ def state(slurm: Slurm, number: str) -> str:
 
 
 def printed(place: Place, name: str) -> str:
-    return "".join(path.read_text() for path in (place.directory / "runs" / name / "log").glob("slurm-*.out"))
+    return "".join(path.read_text() for path in (place.run_dir(name) / "log").glob("slurm-*.out"))
 
 
 def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
@@ -71,6 +72,38 @@ def test_a_run_is_requeued_at_its_time_limit_resumes_and_is_cancelled(
     assert unbroken.returncode == 0, unbroken.stderr
     assert steps >= saved + 3
     assert place.losses("queued")[: saved + 3] == place.losses("at once")
+
+
+def test_a_job_looks_at_its_nodes_before_the_first_step(place: Place, slurm: Slurm, wait_until: Wait) -> None:
+    run = [*IN_SLURM, "schedule.steps=3"]
+    done = place.call(*place.train("looks", *run, "launch.interface=ib77"), **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    number = job(place, "looks")
+    wait_until(lambda: state(slurm, number) == "FAILED", what=lambda: printed(place, "looks"))
+    shown = place.call(*place.words("logs", "looks"), **slurm.environment).stdout
+    assert re.search(r"no-go +interface variables +2 nodes", shown) or "there is no interface ib77" in shown
+    assert "was not started: preflight says no-go" in shown
+    assert not place.metrics("looks")
+    shown = place.call(*place.words("status", "looks"), **slurm.environment).stdout
+    assert " failed " in shown
+    assert "preflight says no-go" in shown
+
+    done = place.call(*place.train("looks", *run, "launch.interface=lo"), **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    number = job(place, "looks")
+    wait_until(lambda: state(slurm, number) == "COMPLETED", what=lambda: printed(place, "looks"))
+    assert place.step("looks") == 3
+    report = json.loads((place.run_dir("looks") / "preflight.json").read_text())
+    assert report["verdict"] in ("go", "warn")
+    assert len(report["found"]["measured"]["links"]) == 1
+
+
+def test_preflight_alone_is_a_job_that_is_waited_for(place: Place, slurm: Slurm) -> None:
+    words = ["name=alone in a job", *SETTINGS, *IN_SLURM, "launch.interface=lo"]
+    done = place.call(*place.words("preflight", *words), **slurm.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"go +links +1 between nodes", done.stdout)
+    assert re.search(r"go +code +2 nodes", done.stdout)
 
 
 def test_a_job_that_waits_is_cancelled_where_it_is(place: Place, slurm: Slurm) -> None:

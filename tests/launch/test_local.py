@@ -17,7 +17,6 @@ import pytest
 import moetrain
 from moetrain.errors import DataError, LaunchError
 from moetrain.launch.local import Outcome, run_local
-from moetrain.launch.machine.cores import default_processes, visible_gpus
 
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
@@ -377,25 +376,3 @@ def test_workers_vanish_with_a_launcher_that_is_killed(run_dir: Path, workers: W
     process.kill()
     process.wait()
     wait_until(lambda: not any(map(alive, started)), seconds=2)
-
-
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [(None, 4), ("", 0), ("-1", 0), ("2", 1), ("0, 3", 2), ("0,9,1", 1), ("1,-1,2", 1), ("GPU-8a1f,GPU-77bc", 2)],
-)
-def test_visible_gpus_are_counted_as_cuda_does(visible: str | None, expected: int) -> None:
-    files = ["nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm", "null"]
-    assert visible_gpus(files, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
-
-
-def test_a_machine_without_gpus_has_none_whatever_is_asked_for() -> None:
-    assert visible_gpus(["null", "nvidia-caps"], {"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
-
-
-@pytest.mark.parametrize(("files", "expected"), [(["nvidia0", "nvidia1", "nvidia2", "nvidiactl"], 3), (["null"], 2)])
-def test_a_machine_gets_a_process_per_gpu_or_two(
-    monkeypatch: pytest.MonkeyPatch, files: list[str], expected: int
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(os, "listdir", {"/dev": files}.__getitem__)
-    assert default_processes() == expected

@@ -17,9 +17,9 @@ from moetrain.config.freeze import write_run
 from moetrain.config.launch.settings import LaunchConfig
 from moetrain.config.schema import RunConfig
 from moetrain.errors import LaunchError
-from moetrain.launch.lock import RunLock
+from moetrain.launch.lock import RunLock, is_running
 from moetrain.launch.record import read_record, recorded
-from moetrain.launch.runs import cancel, find_runs, is_running, log_file, named, status
+from moetrain.launch.runs import cancel, find_runs, log_file, named, status
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_cancel_makes_a_local_run_save_and_stop(run_dir: Path, tmp_path: Path) -
     code = f"""
 import pathlib
 from moetrain.config.launch.settings import LaunchConfig
-from moetrain.launch.lock import RunLock
+from moetrain.launch.lock import RunLock, is_running
 from moetrain.launch.start import start
 run_dir = pathlib.Path({str(run_dir)!r})
 with RunLock(run_dir):

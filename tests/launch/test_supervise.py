@@ -10,10 +10,12 @@ import pytest
 
 from moetrain.config.checks import check, resolve
 from moetrain.config.freeze import flatten, freeze, read_run, to_dict, write_run
+from moetrain.config.launch.settings import LaunchConfig
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError, HangError, LaunchError, LostError, MoetrainError, TrainingError
 from moetrain.launch.local import run_local
-from moetrain.launch.supervise import Ended, on_fewer, supervise, wait
+from moetrain.launch.nodes.spec import request
+from moetrain.launch.supervise import Ended, on_fewer, supervise, wait, without
 from moetrain.plan.layout import Layout
 from moetrain.plan.memory import memory_of
 from moetrain.watch.board import Beat, Board
@@ -171,8 +173,20 @@ def test_a_smaller_layout_saves_memory_where_the_plan_says_it_must():
     assert on_fewer(run, processes=4, device_bytes=1000) is None
 
 
-def test_waiting_ends_at_once_when_somebody_asks_to_stop():
+def test_waiting_ends_at_once_when_somebody_asks_to_stop(tmp_path):
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
     signal.setitimer(signal.ITIMER_REAL, 0.1)
-    assert wait(60) is True
-    assert wait(0.01) is False
+    assert wait(60, run_dir=tmp_path) is True
+    assert wait(0.01, run_dir=tmp_path) is False
+    request(tmp_path, kill=False)
+    assert wait(60, run_dir=tmp_path) is True
+
+
+def test_the_hosts_that_are_left_meet_where_they_met_before_unless_that_host_is_gone():
+    launch = LaunchConfig(kind="hostfile", hosts=["a", "b", "c"], nodes=3, processes=2, master_addr="10.0.0.1",
+                          interfaces={"b": "ib1", "c": "ib2"})  # fmt: skip
+    left = without(launch, {"b"})
+    assert (left.hosts, left.nodes, left.master_addr) == (["a", "c"], 2, "10.0.0.1")
+    assert left.interfaces == {"c": "ib2"}, "a name that is no host any more would be refused"
+    left = without(launch, {"a"})
+    assert (left.hosts, left.nodes, left.master_addr) == (["b", "c"], 2, None)

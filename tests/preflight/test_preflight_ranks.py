@@ -170,8 +170,9 @@ def test_a_rank_that_fails_while_measuring_is_no_go_with_its_error(
     monkeypatch.setattr("moetrain.cli.running.preflight.NODE", "tests_that_fail_later")
     (tmp_path / "tests_that_fail_later.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom moetrain.preflight import node\n"
+        "from moetrain.parallel.lifeline import end_as_rank\n"
         "def fail(*args, **kwargs):\n    raise RuntimeError('NCCL error 2, unhandled system error')\n"
-        "node._measure = fail\nsys.exit(node.main(Path(sys.argv[1])))\n"
+        "node._measure = fail\nend_as_rank(node.main, Path(sys.argv[1]))\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(moetrain.__file__).parent.parent}")
     done = moetrain_in_process("preflight", f"run_dir={tmp_path / 'run'}", "launch.processes=2")
@@ -203,7 +204,7 @@ class TestBeforeTraining:
         run = freeze(compose([]).settings)
         run = resolve(replace(run, name="tiny"), default_processes=2)
         settings_in(Path("runs/tiny"))
-        assert before_training(run, Path("runs/tiny"))
+        before_training(run, Path("runs/tiny"))
         assert capsys.readouterr().out == ""
 
     def test_it_can_be_skipped(self, monkeypatch, capsys):
@@ -211,5 +212,5 @@ class TestBeforeTraining:
 
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib77")
         run = resolve(replace(freeze(compose(["preflight=skip"]).settings), name="tiny"), default_processes=2)
-        assert before_training(run, Path("runs/tiny"))
+        before_training(run, Path("runs/tiny"))
         assert capsys.readouterr().out == ""

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from programs import statuses, sweep_of, writes
 
-from moetrain.cli.running.places import launch_of
 from moetrain.config.launch.settings import LaunchConfig
 from moetrain.errors import ConfigError, LaunchError
 from moetrain.launch.cluster import slurm
@@ -18,6 +17,7 @@ from moetrain.launch.record import recorded
 from moetrain.sweep.settings import SweepConfig
 from moetrain.sweep.state import Run, Sweep
 from moetrain.sweep.work.array import next_directory, settle, take_up
+from moetrain.sweep.work.places import launch_of
 from moetrain.sweep.work.queue import host_slots, run_queue
 
 

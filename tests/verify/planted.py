@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moetrain.config.schema import RunConfig
 from moetrain.model.objective import Objective
 from moetrain.moe.experts import Experts
+from moetrain.parallel.lifeline import end_as_rank
 from moetrain.train import setup
 from moetrain.train.engine import Engine
 from moetrain.verify import rank
@@ -125,6 +126,4 @@ def plant(faults: list[str]) -> None:
 
 if __name__ == "__main__":
     plant(os.environ["PLANTED_FAULTS"].split(","))
-    code = rank.main(Path(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(code)
+    end_as_rank(rank.main, Path(sys.argv[1]))

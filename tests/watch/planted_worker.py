@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from moetrain.parallel.lifeline import die_with_parent
+from moetrain.parallel.lifeline import die_with_parent, end_as_rank
 
 if __name__ == "__main__":
     die_with_parent()
@@ -39,6 +39,4 @@ def main(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(code)
+    end_as_rank(main, Path(sys.argv[1]))

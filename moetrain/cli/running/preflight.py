@@ -61,6 +61,9 @@ def preflight(words: Sequence[str]) -> int:
     options = Options.read(words, flags=("--dry-run",))
     stated, options.overrides = _stated(options)
     run, _ = settings(options)
+    if run.launch.kind == "kubernetes":
+        raise ConfigError(["launch.kind is kubernetes, whose pods start without us, but preflight starts processes "
+                           "itself: run `moetrain preflight launch=local` in a pod"])  # fmt: skip
     run_dir = Path(str(run.run_dir))
     from moetrain.report.preflight import opening, preflight_screen
 
@@ -73,21 +76,29 @@ def preflight(words: Sequence[str]) -> int:
     return 0 if judged.is_go else NO_GO_CODE
 
 
-def before_training(run: RunConfig, run_dir: Path) -> bool:
-    """What `train` does first, as ``preflight`` says. Returns whether to go on; if not, the screen says why."""
+def before_training(run: RunConfig, run_dir: Path, *, in_job: bool = False) -> None:
+    """What `train` does first, as ``preflight`` says; the screen tells what is not well.
+
+    Raises:
+        LaunchError: no-go.
+    """
     from moetrain.preflight.verdict import GO, NOT_MEASURED
     from moetrain.report.preflight import preflight_screen
 
     if run.preflight == "skip":
-        return True
-    judged = look_alone(run, run_dir) if run.preflight == "auto" and _on_cpu(run) else look(run, run_dir, stated=None)
+        return
+    if run.preflight == "auto" and _on_cpu(run):
+        judged = look_alone(run, run_dir)
+    else:
+        judged = look(run, run_dir, stated=None, in_job=in_job)
     told = [line for line in judged.lines if line.verdict not in (GO, NOT_MEASURED)]
     if told:
         preflight_screen(told, run_dir=run_dir, hostfile=judged.hostfile)
-    return judged.is_go
+    if not judged.is_go:
+        raise LaunchError(f"{run_dir} was not started: preflight says no-go")
 
 
-def look(run: RunConfig, run_dir: Path, *, stated: Stated | None) -> Judged:
+def look(run: RunConfig, run_dir: Path, *, stated: Stated | None, in_job: bool = False) -> Judged:
     """Start a rank for each of the run's, let them look and measure, and judge what they found.
 
     Raises:
@@ -95,6 +106,7 @@ def look(run: RunConfig, run_dir: Path, *, stated: Stated | None) -> Judged:
     """
     from moetrain.config.freeze import write_run
     from moetrain.launch.lock import RunLock
+    from moetrain.launch.start import node_names
     from moetrain.preflight.seen.facts import FOUND_FILE, read_found
     from moetrain.preflight.verdict import judge, write_report
 
@@ -105,15 +117,16 @@ def look(run: RunConfig, run_dir: Path, *, stated: Stated | None) -> Judged:
         (place / FOUND_FILE).unlink(missing_ok=True)
         shutil.rmtree(place / "log", ignore_errors=True)
         try:
-            _start(run, place)
+            _start(run, place, in_job=in_job)
         except LaunchError as error:
             failure = error
             if not (place / FOUND_FILE).is_file():
                 raise
         found = read_found(place)
-    lines = judge(found, needs=needs_of(run, found, stated), stated=stated, dtype=run.model.dtype,
+    names = node_names(run.launch, in_job=in_job)
+    lines = judge(found, needs=needs_of(run, found, stated), stated=stated, dtype=run.model.dtype, hosts=names,
                   failure=None if failure is None else str(failure))  # fmt: skip
-    return Judged(lines=lines, hostfile=write_report(found, lines, run_dir))
+    return Judged(lines=lines, hostfile=write_report(found, lines, run_dir, hosts=names))
 
 
 def look_alone(run: RunConfig, run_dir: Path) -> Judged:
@@ -152,11 +165,11 @@ def _needs(run: RunConfig, *, nodes: int, processes: int, gpus: bool, port_gbits
     )
 
 
-def _start(run: RunConfig, place: Path) -> None:
+def _start(run: RunConfig, place: Path, *, in_job: bool) -> None:
     """The one place where the preflight's ranks are started."""
     from moetrain.launch.start import start
 
-    if start(place, run.launch, module=NODE).stopped:
+    if start(place, run.launch, module=NODE, in_job=in_job).stopped:
         raise KeyboardInterrupt
 
 

@@ -96,9 +96,9 @@ def sweep(words: Sequence[str]) -> int:
 
 def run_points(opened: Sweep, launch: LaunchConfig, options: Options) -> int:
     """Train what waits, by the launcher that the runs name, and show what came of it; returns the exit code."""
-    from moetrain.cli.running.places import queue_runs, slots_of
     from moetrain.report.sweep import status_table
     from moetrain.sweep.work.array import settle
+    from moetrain.sweep.work.places import queue_runs, slots_of
     from moetrain.sweep.work.queue import run_queue
 
     _prepare(opened, options)
@@ -228,9 +228,9 @@ def _is_file(path: Path | None) -> bool:
 
 def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> tuple[list[Point], LaunchConfig]:
     """The grid, and how its runs are launched."""
-    from moetrain.cli.running.places import launch_of
     from moetrain.launch.machine.cores import default_processes
     from moetrain.sweep.grid import make_grid
+    from moetrain.sweep.work.places import launch_of
 
     cluster, efficiency = _cluster(config, options)
     launches: list[LaunchConfig] = []

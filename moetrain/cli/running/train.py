@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetrain.cli.options import Options, corpus_of, opening_of, settings
 from moetrain.cli.results.model import write
-from moetrain.cli.running.preflight import NO_GO_CODE, before_training
+from moetrain.cli.running.preflight import before_training
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
@@ -72,10 +72,12 @@ def train(words: Sequence[str]) -> int:
         return 0
     from moetrain.launch.cluster.slurm import refuse_queued
     from moetrain.launch.lock import RunLock
+    from moetrain.launch.nodes.spec import no_requests
     from moetrain.launch.start import start
 
     with RunLock(run_dir):
         refuse_queued(run_dir)
+        no_requests(run_dir)
         finished = screen.is_finished(run, run_dir)
         if remote is not None and not finished:
             remote.probe()
@@ -88,9 +90,7 @@ def train(words: Sequence[str]) -> int:
             if run.launch.kind in _HANDED_OVER:
                 print(f"{start(run_dir, run.launch).queued}\nsee moetrain status, logs and cancel {run_dir}")
                 return 0
-            if not before_training(run, run_dir):
-                return NO_GO_CODE
-            if _run(run, run_dir):
+            if keep_running(run, run_dir):
                 print("stopped on request; the same command goes on from the newest checkpoint")
                 _catch_up(remote, run, run_dir)
                 return STOPPED
@@ -114,8 +114,32 @@ def config(words: Sequence[str]) -> int:
     return 0
 
 
-def _run(run: RunConfig, run_dir: Path) -> bool:
-    """Start the processes, as often as the settings let it; whether it was stopped on request."""
+def keep_running(run: RunConfig, run_dir: Path, *, in_job: bool = False) -> bool:
+    """See whether the nodes are fit, start the processes, again where that is worth it, and wait for them.
+
+    Hold the ``RunLock``.
+
+    Args:
+        in_job: we are the SLURM job that the run asks for.
+
+    Returns:
+        Whether it was stopped on request.
+
+    Raises:
+        LaunchError: a node is not fit. MoetrainError: the fault that ended the run.
+    """
+    from moetrain.launch.local import Outcome
+    from moetrain.launch.record import recorded
+
+    with recorded(run_dir) as record:
+        try:
+            before_training(run, run_dir, in_job=in_job)
+        except KeyboardInterrupt:  # asked to stop meanwhile: there is nothing to save
+            return record(Outcome(stopped=True)).stopped
+        return record(Outcome(stopped=_supervised(run, run_dir, in_job=in_job))).stopped
+
+
+def _supervised(run: RunConfig, run_dir: Path, *, in_job: bool) -> bool:
     from moetrain.config.freeze import write_run
     from moetrain.errors import MoetrainError
     from moetrain.launch.fault import NodeLost
@@ -127,7 +151,7 @@ def _run(run: RunConfig, run_dir: Path) -> bool:
     def once(run: RunConfig) -> Ended:
         write_run(run, run_dir)
         try:
-            return Ended(stopped=start(run_dir, run.launch).stopped)
+            return Ended(stopped=start(run_dir, run.launch, in_job=in_job).stopped)
         except MoetrainError as error:
             gone = error.hosts if isinstance(error, NodeLost) else ()
             lost_hosts.update(gone)

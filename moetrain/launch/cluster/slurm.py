@@ -2,7 +2,7 @@
 
 login node   sbatch  RUN_DIR/launch/job.sh                        submit
 first node   python -m moetrain.launch.cluster.job -- …           passes the warning before the time limit on, requeues
-               python -m moetrain.launch.cluster.slurm RUN_DIR    run_in_job
+               python -m moetrain.cli.running.job RUN_DIR         preflight, then the run: run_in_job for each
 every node       srun python -m moetrain.launch.nodes.agent SPEC
 """
 
@@ -14,43 +14,55 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moetrain.checkpoint.store import step_of, whole_checkpoints
-from moetrain.config.freeze import read_run
 from moetrain.config.launch.settings import LaunchConfig, SlurmConfig
-from moetrain.errors import LaunchError, MoetrainError
-from moetrain.launch.local import WORKER, Outcome
-from moetrain.launch.lock import RunLock
-from moetrain.launch.machine.ranks import Order
+from moetrain.errors import LaunchError
+from moetrain.launch.local import Outcome
 from moetrain.launch.nodes.conduct import conduct, make_spec
 from moetrain.launch.nodes.environment import python_path
-from moetrain.launch.nodes.spec import SPEC_FILE, in_a_word, launch_directory, requested
-from moetrain.launch.record import recorded
-from moetrain.parallel.lifeline import STOPPED
+from moetrain.launch.nodes.spec import SPEC_FILE, in_a_word, launch_directory
 
 JOB_FILE = "job.json"
 """In RUN_DIR/launch: ``{"job": "123"}``, the job that was submitted last."""
 
+_OF_JOB = "moetrain.cli.running.job"
+"""What the job of a run does on its first node."""
+_POLL_SECONDS = 2.0
 _FIRST_PORT, _PORTS = 16_000, 16_000  # below the ports that Linux gives to outgoing connections
 
 
-def submit(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> Outcome:
+def submit(run_dir: Path, launch: LaunchConfig) -> Outcome:
     """Put the run into the queue.
 
     Raises:
         LaunchError: sbatch refuses.
     """
-    place = launch_directory(run_dir)
-    place.mkdir(parents=True, exist_ok=True)
-    (run_dir / "log").mkdir(exist_ok=True)
-    script = place / "job.sh"
-    script.write_text(run_script(run_dir, launch, module=module), encoding="utf-8")
-    job = _sbatch(script)
+    job = _sbatch(_written(run_dir, run_script(run_dir, launch)))
     remember(run_dir, job)
     return Outcome(stopped=False, queued=f"SLURM job {job}")
+
+
+def run_as_job(run_dir: Path, launch: LaunchConfig, *, module: str) -> Outcome:
+    """Run another module as a job of the same kind, and wait until it is out of the queue; what it found lies in
+    ``run_dir``. An interrupt takes the job along.
+
+    Raises:
+        LaunchError: sbatch refuses.
+    """
+    launch = replace(launch, slurm=replace(launch.slurm, requeue=False))
+    job = _sbatch(_written(run_dir, run_script(run_dir, launch, module=module)))
+    print(f"SLURM job {job}: waiting for it; Ctrl-C cancels it", flush=True)
+    try:
+        while state_of(job) is not None:
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        cancel(job)
+        raise
+    return Outcome(stopped=False)
 
 
 def refuse_queued(run_dir: Path) -> None:
@@ -133,8 +145,8 @@ def array_script(
     return _script(options, slurm, [*_job_words(slurm), *again, "--array", str(directory / "commands.json"), "--"])
 
 
-def run_script(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> str:
-    """The script of a run's job."""
+def run_script(run_dir: Path, launch: LaunchConfig, *, module: str | None = None) -> str:
+    """The script of a run's job; with a module, of one that runs only that."""
     run_dir = run_dir.resolve()
     options = _options(
         launch.slurm,
@@ -143,22 +155,35 @@ def run_script(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> 
         gpus=launch.processes or 1,
         output=run_dir / "log" / "slurm-%j.out",
     )
-    return _script(options, launch.slurm, [*_job_words(launch.slurm), "--", *run_words(run_dir, module=module)])
+    words = run_words(run_dir) if module is None else [*run_words(run_dir), module]
+    return _script(options, launch.slurm, [*_job_words(launch.slurm), "--", *words])
 
 
-def run_words(run_dir: Path, *, module: str = WORKER) -> list[str]:
+def run_words(run_dir: Path) -> list[str]:
     """The command that trains a run inside its job."""
-    return [sys.executable, "-m", "moetrain.launch.cluster.slurm", str(run_dir.resolve()), module]
+    return [sys.executable, "-m", _OF_JOB, str(run_dir.resolve())]
 
 
-def run_in_job(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> Outcome:
-    """Run a module as one process for each rank on the nodes of the job that we are in; as ``start.start``."""
-    job = int(os.environ["SLURM_JOB_ID"])
+def nodes_of_job(launch: LaunchConfig) -> list[str]:
+    """The nodes of the job that we are in, as SLURM calls them; ``launch.nodes`` of them.
+
+    Raises:
+        LaunchError: it has fewer.
+    """
     named = _told(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()
     nodes = launch.nodes or 1
     if len(named) < nodes:
-        raise LaunchError(f"launch.nodes is {nodes}, but SLURM job {job} has {len(named)} nodes: ask for as many")
-    hosts = named[:nodes]
+        raise LaunchError(f"launch.nodes is {nodes}, but the SLURM job has {len(named)} nodes: ask for as many")
+    return named[:nodes]
+
+
+def run_in_job(
+    run_dir: Path, launch: LaunchConfig, *, module: str, on_poll: Callable[[], None] = lambda: None
+) -> Outcome:
+    """Run a module as one process for each rank on the nodes of the job that we are in; as ``start.start``."""
+    job = int(os.environ["SLURM_JOB_ID"])
+    hosts = nodes_of_job(launch)
+    nodes = len(hosts)
     launch = replace(launch, master_port=launch.master_port or _FIRST_PORT + job % _PORTS)
     # SLURM hands our environment to every task by itself
     environment = {"PYTHONPATH": python_path(os.environ)}
@@ -171,7 +196,7 @@ def run_in_job(run_dir: Path, launch: LaunchConfig, *, module: str = WORKER) -> 
         words.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
     spec_file = launch_directory(run_dir.resolve()) / SPEC_FILE
     words += [*(launch.runner_args or []), sys.executable, "-m", "moetrain.launch.nodes.agent", in_a_word(spec_file)]
-    return conduct(spec, words, environment={**os.environ, **environment}, in_job=True)
+    return conduct(spec, words, environment={**os.environ, **environment}, in_job=True, on_poll=on_poll)
 
 
 def job_of(run_dir: Path) -> str | None:
@@ -180,6 +205,16 @@ def job_of(run_dir: Path) -> str | None:
         return str(json.loads((launch_directory(run_dir) / JOB_FILE).read_text(encoding="utf-8"))["job"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def remember(run_dir: Path, job: str) -> None:
+    """Write down which job is the run's."""
+    path = launch_directory(run_dir) / JOB_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a job of an array may have started, and writes it too
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"job": job}), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def state_of(job: str) -> str | None:
@@ -216,29 +251,13 @@ def cancel(job: str) -> None:
     _told(["scancel", job])
 
 
-def main(words: Sequence[str]) -> int:
-    """The run of a job: ``RUN_DIR [MODULE]``; returns the exit code."""
-    run_dir = Path(words[0])
-    try:
-        with RunLock(run_dir):
-            remember(run_dir, os.environ["SLURM_JOB_ID"])
-            before = _newest(run_dir)
-            module = words[1] if len(words) > 1 else WORKER
-            with recorded(run_dir, is_run=module == WORKER) as record:
-                outcome = record(run_in_job(run_dir, read_run(run_dir).launch, module=module))
-    except MoetrainError as error:
-        print(f"moetrain: {error}", file=sys.stderr)
-        return 2
-    if not outcome.stopped:
-        return 0
-    if requested(run_dir) is not Order.GO_ON:
-        print("stopped by moetrain cancel: the job does not go back into the queue", flush=True)
-        return 1
-    if _newest(run_dir) == before:
-        print("moetrain: nothing was saved since the job began: the time limit (launch.slurm.time) is too short for "
-              "the start, a step and a save, or launch.slurm.save_seconds is", file=sys.stderr)  # fmt: skip
-        return 2
-    return STOPPED
+def _written(run_dir: Path, text: str) -> Path:
+    place = launch_directory(run_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    (run_dir / "log").mkdir(exist_ok=True)
+    script = place / "job.sh"
+    script.write_text(text, encoding="utf-8")
+    return script
 
 
 def _options(slurm: SlurmConfig, *, name: str, nodes: int, gpus: int, output: Path) -> list[str]:
@@ -306,21 +325,3 @@ def _told(command: Sequence[str]) -> str:
     if done.returncode:
         raise LaunchError(f"{shlex.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
-
-
-def remember(run_dir: Path, job: str) -> None:
-    """Write down the job that a run is now."""
-    path = launch_directory(run_dir) / JOB_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # a job that has started writes it too
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"job": job}), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _newest(run_dir: Path) -> int:
-    return max((step_of(path) for path in whole_checkpoints(run_dir / "checkpoints")), default=0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

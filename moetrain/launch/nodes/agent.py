@@ -91,7 +91,7 @@ class _Node:
         try:
             end = self._run(channel)
             if isinstance(channel, Other):
-                end.write(self._run_dir)
+                end.write(self._spec)
                 channel.done()
                 return end
             if end.problem or any(each.code not in (0, STOPPED) for each in end.ended):
@@ -100,7 +100,7 @@ class _Node:
             channel.wait_for_others()
             if not end.never_ready:
                 end = replace(end, lost=sorted(channel.lost | set(end.lost)))
-            end.write(self._run_dir)
+            end.write(self._spec)
             return end
         finally:
             channel.close()
@@ -113,7 +113,7 @@ class _Node:
                 return First(spec.master_port, nodes=spec.nodes, token=spec.token, lost_after=spec.lost_after_seconds,
                              port_of_ranks=port)  # fmt: skip
             except LaunchError as error:
-                self._end(problem=str(error), user=True).write(self._run_dir)
+                self._end(problem=str(error), user=True).write(self._spec)
                 raise
         return Other((spec.master_addr, spec.master_port), node=self._node, token=spec.token,
                      lost_after=spec.lost_after_seconds, seconds=spec.start_seconds,

@@ -192,7 +192,7 @@ class _Follower:
                 self._wait_at_most(_GRACE_SECONDS)
 
     def _look(self, now: float) -> None:
-        ends = read_ends(self._run_dir, nodes=self._spec.nodes)
+        ends = read_ends(self._spec)
         if 0 in ends:
             # all are done or lost; ssh to a lost one would wait for many minutes
             self._wait_at_most(_END_SECONDS if ends[0].lost else _GRACE_SECONDS)
@@ -232,7 +232,7 @@ class Console:
 
 def _judge(spec: Spec, *, asked: int, log: Path) -> Outcome:
     """How the run ended, from what the agents have left."""
-    ends = read_ends(Path(spec.run_dir), nodes=spec.nodes)
+    ends = read_ends(spec)
     if not ends:
         if asked:
             return Outcome(stopped=True)

@@ -1,7 +1,7 @@
 """What passes between the launcher and the agents of the nodes, by way of the shared RUN_DIR/launch/.
 
 node.json          what the agents are to do (mode 0600: it holds the environment handed over, and the token)
-end_00000.json     how a node ended, written by its agent
+end_TOKEN_00000.json    how a node ended, written by its agent; TOKEN tells one start from another
 stop               a request to save and stop, or, if its text is ``kill``, to end at once (`moetrain cancel`)
 hostfile           for the deepspeed launcher
 """
@@ -61,7 +61,6 @@ class Spec:
     def write(self) -> Path:
         """Leave it where the agents look for it, and remove what an earlier start left."""
         remove_old_ends(Path(self.run_dir))
-        no_requests(Path(self.run_dir))
         path = launch_directory(Path(self.run_dir)) / SPEC_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, asdict(self))
@@ -89,10 +88,10 @@ class NodeEnd:
     killed: bool = False
     """Ended by a second request."""
 
-    def write(self, run_dir: Path) -> None:
+    def write(self, spec: Spec) -> None:
         """Leave it where the launcher looks for it."""
         content = asdict(self) | {"ended": [asdict(each) | {"log": str(each.log)} for each in self.ended]}
-        _write(launch_directory(run_dir) / f"end_{self.node:05d}.json", content)
+        _write(_end_file(spec, self.node), content)
 
 
 def launch_directory(run_dir: Path) -> Path:
@@ -115,14 +114,12 @@ def read_spec(path: Path) -> Spec:
         ) from None
 
 
-def read_ends(run_dir: Path, *, nodes: int) -> dict[int, NodeEnd]:
+def read_ends(spec: Spec) -> dict[int, NodeEnd]:
     """What the agents have written so far, by node."""
     found = {}
-    for node in range(nodes):
+    for node in range(spec.nodes):
         try:
-            entry: dict[str, Any] = json.loads(
-                (launch_directory(run_dir) / f"end_{node:05d}.json").read_text(encoding="utf-8")
-            )
+            entry: dict[str, Any] = json.loads(_end_file(spec, node).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         ended = [Ended(**each | {"log": Path(each["log"])}) for each in entry["ended"]]
@@ -137,7 +134,7 @@ def remove_old_ends(run_dir: Path) -> None:
 
 
 def no_requests(run_dir: Path) -> None:
-    """Forget what was asked of an earlier start."""
+    """Forget what was asked of an earlier run; between the starts of one, a request stays."""
     (launch_directory(run_dir) / STOP_FILE).unlink(missing_ok=True)
 
 
@@ -167,6 +164,11 @@ def in_a_word(path: Path) -> str:
 def from_word(word: str) -> Path:
     """The path again."""
     return Path(urllib.parse.unquote(word.replace("=", "%")))
+
+
+def _end_file(spec: Spec, node: int) -> Path:
+    # a node that was cut off may still write how it ended when the next start, with other numbers, has begun
+    return launch_directory(Path(spec.run_dir)) / f"end_{spec.token[:8]}_{node:05d}.json"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

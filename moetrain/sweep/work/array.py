@@ -11,8 +11,8 @@ from pathlib import Path
 
 from moetrain.config.launch.settings import LaunchConfig
 from moetrain.launch.cluster import slurm
+from moetrain.launch.lock import is_running
 from moetrain.launch.record import forget, read_record
-from moetrain.launch.runs import is_running
 from moetrain.sweep.state import DONE, FAILED, QUEUED, RUNNING, WAITING, Run, Sweep, read_result
 
 

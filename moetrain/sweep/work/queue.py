@@ -22,7 +22,7 @@ from typing import Any
 
 from moetrain.config.launch.settings import LaunchConfig
 from moetrain.errors import DataError, LaunchError
-from moetrain.launch.lock import RunLock
+from moetrain.launch.lock import is_running
 from moetrain.launch.machine.cores import visible_gpus
 from moetrain.launch.nodes.hosts import hosts_of
 from moetrain.metrics.log import read_metrics
@@ -163,7 +163,7 @@ def _next(sweep: Sweep) -> Run | None:
 def _begin(sweep: Sweep, run: Run, slot: Slot, *, command: Command, say: Say) -> _Job:
     run.status = RUNNING
     sweep.write()
-    if _is_locked(sweep, run):
+    if is_running(sweep.run_dir(run)):
         say(f"waits    {run.name}: another process is at work in {sweep.run_dir(run)}")
         return _Job(run, slot, None)
     log = sweep.log(run)
@@ -205,7 +205,7 @@ def _bound(cores: Sequence[int]) -> Iterator[None]:
 def _has_ended(sweep: Sweep, job: _Job) -> bool:
     if job.process is not None:
         return job.process.poll() is not None
-    return not _is_locked(sweep, job.run)
+    return not is_running(sweep.run_dir(job.run))
 
 
 def _settle(sweep: Sweep, job: _Job, *, stopping: bool, say: Say) -> None:
@@ -284,16 +284,6 @@ def _last_words(sweep: Sweep, run: Run, *, code: int) -> str:
     if not said:
         return f"{ending}; see {sweep.log(run)}"
     return " ".join(line.strip() for line in lines[said[-1] : said[-1] + 3]).removeprefix("moetrain: ")[:300]
-
-
-def _is_locked(sweep: Sweep, run: Run) -> bool:
-    if not sweep.run_dir(run).is_dir():
-        return False
-    try:
-        with RunLock(sweep.run_dir(run)):
-            return False
-    except LaunchError:
-        return True
 
 
 def _stop(jobs: Sequence[_Job], number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""Cores for each process, from a machine as sysfs describes it."""
+"""GPUs, and cores for each process, from a machine as /dev and sysfs describe it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.launch.machine.cores import Core, bind, read_cores, share_out
+from moetrain.launch.machine.cores import Core, bind, default_processes, read_cores, share_out, visible_gpus
 
 # two sockets of four physical cores with two threads each, numbered as Intel does: siblings are 8 apart
 CORES = [Core(number=n, numa=(n % 8) // 4, physical=n % 8) for n in range(16)]
@@ -73,3 +73,25 @@ def test_processes_are_bound_to_cores_of_their_own() -> None:
             process.communicate()
     assert all(found)
     assert sum(map(len, found)) == len(set().union(*found)) <= len(usable)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, 4), ("", 0), ("-1", 0), ("2", 1), ("0, 3", 2), ("0,9,1", 1), ("1,-1,2", 1), ("GPU-8a1f,GPU-77bc", 2)],
+)
+def test_visible_gpus_are_counted_as_cuda_does(visible: str | None, expected: int) -> None:
+    files = ["nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm", "null"]
+    assert visible_gpus(files, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+def test_a_machine_without_gpus_has_none_whatever_is_asked_for() -> None:
+    assert visible_gpus(["null", "nvidia-caps"], {"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
+
+
+@pytest.mark.parametrize(("files", "expected"), [(["nvidia0", "nvidia1", "nvidia2", "nvidiactl"], 3), (["null"], 2)])
+def test_a_machine_gets_a_process_per_gpu_or_two(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], expected: int
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "listdir", {"/dev": files}.__getitem__)
+    assert default_processes() == expected

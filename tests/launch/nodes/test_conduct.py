@@ -185,8 +185,8 @@ def test_clocks_that_differ_do_not_make_another_rank_the_culprit(spec: MakeSpec)
     log_dir = Path(spec("").run_dir) / "log"
     log_dir.mkdir()
     remove_old_errors(log_dir)
-    write_error(log_dir, rank=0, error=ValueError("the culprit"), user=False)
-    write_error(log_dir, rank=2, error=RuntimeError("closed by peer"), user=False)
+    write_error(log_dir, rank=0, error=ValueError("the culprit"))
+    write_error(log_dir, rank=2, error=RuntimeError("closed by peer"))
     later = log_dir / "rank_00002.error.json"
     import json
 

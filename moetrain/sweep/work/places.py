@@ -55,6 +55,7 @@ def queue_runs(
 ) -> int:
     """Give what waits to SLURM, an array for all runs that ask for the same; returns how many runs those were."""
     from moetrain.launch.lock import RunLock
+    from moetrain.launch.nodes.spec import no_requests
     from moetrain.sweep.state import WAITING
     from moetrain.sweep.work.array import submit
 
@@ -63,6 +64,7 @@ def queue_runs(
     for run in waiting:
         settings = compose(run)
         with RunLock(opened.run_dir(run)):
+            no_requests(opened.run_dir(run))
             prepare(settings, opened.run_dir(run))
         alike.setdefault(repr(settings.launch), (settings.launch, []))[1].append(run)
     for launch, runs in alike.values():
