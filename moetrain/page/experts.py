@@ -89,7 +89,7 @@ def _by_source(found: Experts) -> HeatMap:
         high=2.0,
         scale_label="times the average",
         every_frame=True,
-        note="How much more of a source than of all text an expert takes; 1: the same. The slider goes through them.",
+        note="How many times the average share of a source each expert takes. The slider goes through the sources.",
     )
 
 

@@ -64,7 +64,7 @@ def _lines(axes: Any, chart: Chart) -> None:
     if places is not None:
         axes.set_xticks(list(places.values()), list(places))
     if chart.zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     if len(chart.series) > 1:

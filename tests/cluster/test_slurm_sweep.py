@@ -63,7 +63,8 @@ def test_a_grid_is_an_array_and_the_same_command_goes_on(place: Place, slurm: Sl
 def test_two_nodes_for_each_run_and_one_that_is_taken_out_of_the_queue(
     place: Place, slurm: Slurm, wait_until: Wait
 ) -> None:
-    words = place.train("each", *IN_SLURM, "launch.nodes=2", "parallel.expert_parallel=2", "schedule.steps=5")
+    words = place.train("each", *IN_SLURM, "launch.nodes=2", "preflight=skip", "parallel.expert_parallel=2",
+                        "schedule.steps=5")  # fmt: skip
     words = [*words[:3], "sweep", "name=wide", "optim.weight_decay=0.1,0.2", "jobs=1", *words[5:]]
     done = place.call(*words, **slurm.environment)
     assert done.returncode == 0, done.stdout + done.stderr
