@@ -43,7 +43,7 @@ def test_a_grid_on_two_hosts(place: Place, start: Start, name: str, words: list[
     train = place.train("each", "launch=hostfile", "launch.interface=eth0", "launch.processes=1", *words,
                         "schedule.steps=5", "checkpoint.every_steps=null", "parallel.expert_parallel=1")  # fmt: skip
     process = start(*train[:3], "sweep", f"name={name}", "optim.weight_decay=0.1,0.2", *train[5:])
-    output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    output, errors = process.communicate(timeout=3 * LIMIT_SECONDS)
     assert process.returncode == 0, output + errors
     directory = place.directory / "sweeps" / name
     logs = [path.read_text() for path in sorted((directory / "log").glob("*.log"))]
