@@ -16,6 +16,8 @@ from moetrain.moe.routing import Choice
 
 LEAST_OCCURRENCES = 10
 """Of a token that is told of: rarer ones stand out by chance."""
+LEAST_CHOICES = 5
+"""How often the expert must have taken it, for the same reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class TokenCounts:
             for expert, average in enumerate(average_E.tolist()):
                 best = residual_vE[:, expert].topk(min(most, len(ids)))
                 rows = [row for row, residual in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                        if residual > 0 and average > 0]  # fmt: skip
+                        if residual > 0 and count_vE[row, expert] >= LEAST_CHOICES]  # fmt: skip
                 shares = [float(count_vE[row, expert] / occurrences_v[row]) for row in rows]
                 layer.append([
                     Favourite(token=int(ids[row]), occurrences=int(occurrences_v[row]), share=share,

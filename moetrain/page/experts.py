@@ -134,7 +134,7 @@ def _tables(found: Experts) -> list[Table]:
 def _table(found: Experts, layer: int) -> Table:
     experts = found.favourites[layer]
     rows = [
-        (str(expert), f"{found.all[layer][expert]:.1%}", "   ".join(map(_told, best)) or "none stands out")
+        (str(expert), f"{found.all[layer][expert]:.1%}", " · ".join(map(_told, best)) or "none stands out")
         for expert, best in list(enumerate(experts))[:_MOST_EXPERTS]
     ]
     left = f", the first {_MOST_EXPERTS} of {len(experts)} experts" if len(experts) > _MOST_EXPERTS else ""

@@ -64,6 +64,15 @@ def test_rare_tokens_do_not_stand_out():
     assert all(each.token != 7 for best in counted(token_T, expert_TK).favourites(most=5)[0] for each in best)
 
 
+def test_a_few_choices_of_an_idle_expert_do_not_stand_out():
+    token_T = torch.arange(4000) % 2
+    expert_TK = torch.zeros(4000, 1, dtype=torch.int64)
+    expert_TK[:8:2] = 1
+    assert counted(token_T, expert_TK).favourites(most=3)[0][1] == []
+    expert_TK[:10:2] = 1
+    assert [each.token for each in counted(token_T, expert_TK).favourites(most=3)[0][1]] == [0]
+
+
 def test_evaluate_counts_what_a_plain_loop_counts_and_the_report_reads_it(tmp_path, moetrain_in_process):
     run_dir = tmp_path / "run"
     write_tiny(run_dir, tmp_path / "of run")
