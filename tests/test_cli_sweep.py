@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ class TestWords:
             ((), "no axis is given: write SETTING=value,value,…"),
             (("optim.lr=1e-3",), "no axis is given"),
             (("seed=1,2",), "seeds alone compare nothing"),
-            (("optim.lr=1e-3,2e-3", "seed=x"), "'seeds.0' is 'x', but must be a whole number"),
+            (("optim.lr=1e-3,2e-3", "seed=x"), "'seeds[0]' is 'x', but must be a whole number"),
             (("optim.lr=1e-3,2e-3", "run_dir=a"), "run_dir is given as a setting of the runs, but a sweep sets it"),
             (("optim.lr=1e-3,2e-3", "jobs=two"), "'jobs' is 'two', but must be a whole number"),
             (("optim.lr=1e-3,2e-3", "--fast"), "--fast is not an option"),
@@ -99,7 +100,9 @@ class TestWords:
                 ("experiment=expert_cuont", "seed=1,2"),
                 "sweeps: expert_count; experiments:",
             ),
-            (("status",), "sweep status takes one directory"),
+            (("status",), "no sweeps are named, but it must be one: none is in sweeps"),
+            (("status", "a", "b"), "2 sweeps are named, but it must be one"),
+            (("status", "--twice"), "'--twice' is not known here"),
             (("status", "nowhere"), "nowhere/sweep.json does not exist"),
             (("predict", "sweeps/a"), "nothing is asked for: give compute=FLOPS"),
             (("predict", "sweeps/a", "compute=much"), "compute is 'much', but must be a number above 0"),
@@ -145,6 +148,16 @@ class TestAnswers:
         lines = moetrain_in_process("sweep", "status", "s").stdout.splitlines()
         assert lines[0] == "s: 36 runs: 35 done, 1 waiting"
         assert len(lines) == 38
+
+    def test_the_only_sweep_need_not_be_named(self, moetrain_in_process, place):
+        a_sweep(place / "sweeps" / "a")
+        asked = ("predict", "parameters=5e6", "experts=8")
+        alone = moetrain_in_process("sweep", *asked)
+        assert alone.returncode == 0
+        shutil.copytree(place / "sweeps" / "a", place / "sweeps" / "b")
+        assert_told(moetrain_in_process("sweep", *asked), "no sweeps are named, but it must be one: one of a, b")
+        assert moetrain_in_process("sweep", *asked, "b").stdout == alone.stdout
+        assert moetrain_in_process("sweep", "status", "b").stdout.startswith("sweeps/b: 36 runs: 36 done")
 
     def test_a_prediction_has_its_interval_and_a_refusal_its_reason(self, moetrain_in_process, place):
         a_sweep(place / "s")

@@ -116,6 +116,21 @@ class Sweep:
         return found
 
 
+def find_sweep(named: Sequence[str], *, root: Path = Path("sweeps")) -> Path:
+    """The directory of the sweep that is named, by a path or by its name in sweeps/; of the only one there, if none is.
+
+    Raises:
+        ConfigError: several are named, or none where there is not exactly one.
+    """
+    there = sorted(path.parent.name for path in root.glob(f"*/{STATE_FILE}"))
+    if len(named) == 1:
+        return root / named[0] if named[0] in there and not (Path(named[0]) / STATE_FILE).is_file() else Path(named[0])
+    if not named and len(there) == 1:
+        return root / there[0]
+    told = f"one of {', '.join(there)}" if there else f"none is in {root}"
+    raise ConfigError([f"{len(named) or 'no'} sweeps are named, but it must be one: {told}"])
+
+
 def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) -> Sweep:
     """A new sweep, or the one that is there with what it has done: then points may be added, but none changed.
 

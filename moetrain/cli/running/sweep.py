@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 HELP = {
     "sweep": """usage: moetrain sweep [experiment=NAME] [SETTING=value,value,… …] [keep=WHAT] [key=value …] [--dry-run]
-       moetrain sweep status DIR [--once]
-       moetrain sweep predict DIR compute=C [experts=E] [parameters=N] [tokens=D]
+       moetrain sweep status [DIR] [--once]
+       moetrain sweep predict [DIR] compute=C [experts=E] [parameters=N] [tokens=D]
        moetrain sweep search SETTING=interval(a,b) … [trials=N] [key=value …]
 
 Trains every combination of the values, each a run directory of its own in sweeps/NAME/runs. The same command again goes
@@ -44,8 +44,9 @@ on where it stopped; what failed is tried again. See docs/sweep.md.
   --config-dir DIR    presets of your own, laid out like moetrain's
 
 `sweep status` shows how far it is; on a terminal the table is live while something runs (--once: a single look).
-`sweep predict` fits the scaling laws and says what a larger run would reach, with
-its interval, or why the runs do not tell. `sweep search` tries values in an interval by Optuna (extra "search").
+`sweep predict` fits the scaling laws and says what a larger run would reach, with its interval, or why the runs do not
+tell. Both take a directory, a name in sweeps/, or nothing where there is only one. `sweep search` tries values in an
+interval by Optuna (extra "search").
 
 exit codes: 0 finished, 1 some runs failed, 2 something to mend, 75 stopped on request
 
@@ -298,15 +299,17 @@ def _steps(run: RunConfig) -> int:
 
 
 def _status(words: Sequence[str]) -> int:
-    paths = [word for word in words if word != "--once"]
-    if len(paths) != 1 or "=" in paths[0]:
-        raise ConfigError(["sweep status takes one directory: moetrain sweep status sweeps/NAME"])
+    named = [word for word in words if word != "--once"]
+    if wrong := [word for word in named if "=" in word or word.startswith("-")]:
+        raise ConfigError([f"'{wrong[0]}' is not known here: moetrain sweep status [DIR] [--once]"])
     from moetrain.report.sweep import is_at_work, status_table, watch
-    from moetrain.sweep.state import Sweep
+    from moetrain.sweep.state import Sweep, find_sweep
     from moetrain.sweep.work.array import settle
 
+    directory = find_sweep(named)
+
     def read() -> Sweep:
-        opened = Sweep.read(Path(paths[0]))
+        opened = Sweep.read(directory)
         settle(opened)
         return opened
 
