@@ -6,6 +6,7 @@ command -v ip >/dev/null || [ -x /usr/sbin/ip ] || missing="$missing iproute2"
 [ -x /usr/sbin/sshd ] || missing="$missing openssh-server"
 [ -x /usr/sbin/slurmctld ] || missing="$missing slurm-wlm"
 [ -x /usr/sbin/munged ] || missing="$missing munge"
+command -v ompi_info >/dev/null || missing="$missing openmpi-bin"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "not installed:$missing (needs root and apt-get)"

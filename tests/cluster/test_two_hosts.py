@@ -19,7 +19,7 @@ from moetrain.watch.incidents import read_incidents
 
 pytestmark = pytest.mark.cluster
 
-LOST_AFTER, STEPS = 5, 80
+LOST_AFTER, STEPS = 5, 60
 ON_BOTH = ["launch=hostfile", f"launch.hosts=[{','.join(NAMES)}]", f"launch.master_addr={ADDRESSES[0]}",
            "launch.interface=eth0", f"launch.lost_after_seconds={LOST_AFTER}"]  # fmt: skip
 Wait = Callable[..., None]
@@ -68,6 +68,7 @@ def test_two_hosts_of_two_processes_train_as_one_host_of_four(place: Place, star
     assert alone.returncode == 0, alone.stderr
     assert len(place.losses("both")) == 10
     assert place.losses("both") == place.losses("alone")
+    assert json.loads((place.run_dir("both") / "preflight.json").read_text())["verdict"] in ("go", "warn")
     # what was handed over may hold secrets
     assert not (place.directory / "runs/both/launch/node.json").exists()
 
@@ -142,7 +143,9 @@ def test_a_launcher_that_is_killed_leaves_nothing_and_the_run_is_saved(
     assert json.loads(saved[-1].read_text())["step"] == place.step("orphan")
 
 
-def test_a_host_that_ssh_does_not_reach_is_told_at_once(place: Place, hosts: Hosts, start: Start) -> None:
+def test_a_host_that_ssh_does_not_reach_is_told_at_once(
+    place: Place, hosts: Hosts, start: Start, wait_until: Wait
+) -> None:
     hosts.cut()
     since = time.monotonic()
     try:
@@ -154,3 +157,4 @@ def test_a_host_that_ssh_does_not_reach_is_told_at_once(place: Place, hosts: Hos
     assert "node2" in errors
     assert "no sshd answers there" in errors
     assert time.monotonic() - since < 60
+    wait_until(lambda: not hosts.pids(0), seconds=30, what=lambda: f"still waits: {hosts.pids(0)}")

@@ -39,17 +39,20 @@ class Hosts:
 
     Args:
         directory: of keys and settings; without spaces, which ssh's configuration does not take.
+        with_ssh: false: no sshd is started, and nothing is set up for ssh.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, with_ssh: bool = True) -> None:
         self.directory = directory
+        self._with_ssh = with_ssh
         self._spaces = [f"moetrain-{os.getpid()}-{name}" for name in NAMES]
         self._servers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Hosts:
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            self._write_ssh()
+            if self._with_ssh:
+                self._write_ssh()
             for space in self._spaces:
                 _call("ip", "netns", "add", space)
             first, second = self._spaces
@@ -58,7 +61,8 @@ class Hosts:
                 self._ip(number, "addr", "add", f"{address}/24", "dev", "eth0")
                 self._ip(number, "link", "set", "eth0", "up")
                 self._ip(number, "link", "set", "lo", "up")
-                self._serve(number)
+                if self._with_ssh:
+                    self._serve(number)
         except BaseException:
             self.__exit__()
             raise

@@ -21,7 +21,17 @@ from moetrain.launch.local import machine_environment
 from moetrain.launch.machine.cores import visible_gpus
 from moetrain.launch.machine.ranks import POLL_SECONDS, Order, Place, Result, StopRequests, free_port, run_ranks
 from moetrain.launch.nodes.channel import First, Other
-from moetrain.launch.nodes.spec import CONSOLE, NodeEnd, Spec, from_word, read_spec, remove_old_ends, requested
+from moetrain.launch.nodes.spec import (
+    CONSOLE,
+    SPEC_FILE,
+    NodeEnd,
+    Spec,
+    from_word,
+    launch_directory,
+    read_spec,
+    remove_old_ends,
+    requested,
+)
 from moetrain.parallel.lifeline import STOPPED
 
 PROBLEM = "moetrain node: "
@@ -84,6 +94,7 @@ class _Node:
         self._host = spec.hosts[node] if spec.hosts else os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._run_dir = Path(spec.run_dir)
         self._log_dir = self._run_dir / "log"
+        self._looked_at, self._is_off = time.monotonic(), False
 
     def run(self) -> NodeEnd:
         """Meet the others, run the ranks, part, and leave word of it."""
@@ -117,13 +128,13 @@ class _Node:
                 raise
         return Other((spec.master_addr, spec.master_port), node=self._node, token=spec.token,
                      lost_after=spec.lost_after_seconds, seconds=spec.start_seconds,
-                     give_up=lambda: self._requests.count > 0)  # fmt: skip
+                     give_up=lambda: self._requests.count > 0 or self._called_off())  # fmt: skip
 
     def _run(self, channel: First | Other) -> NodeEnd:
         spec, order = self._spec, _Order(spec=self._spec, channel=channel, requests=self._requests)
         port = self._meet(channel, order)
         if port is None:
-            has_time = order() is Order.GO_ON
+            has_time = order() is Order.GO_ON and not self._called_off()
             missing = channel.give_up() if isinstance(channel, First) else []
             if missing and has_time:
                 named = ", ".join(self._name(node) for node in missing)
@@ -153,7 +164,7 @@ class _Node:
     def _meet(self, channel: First | Other, order: _Order) -> int | None:
         """Wait for all nodes; returns the port on which the ranks meet, or None when it did not come to that."""
         deadline = time.monotonic() + self._spec.start_seconds + (0 if self._node == 0 else 30)
-        while time.monotonic() < deadline and order() is Order.GO_ON:
+        while time.monotonic() < deadline and order() is Order.GO_ON and not self._called_off():
             if isinstance(channel, First) and not channel.missing():
                 channel.begin()
                 return channel.port_of_ranks
@@ -161,6 +172,16 @@ class _Node:
                 return channel.port_of_ranks
             time.sleep(POLL_SECONDS)
         return None
+
+    def _called_off(self) -> bool:
+        """Whether the launcher, which takes its file away when it ends, has given up before all were here."""
+        if time.monotonic() > self._looked_at + _FILE_SECONDS and not self._spec.unattended:
+            self._looked_at = time.monotonic()
+            try:
+                self._is_off = read_spec(launch_directory(self._run_dir) / SPEC_FILE).token != self._spec.token
+            except LaunchError:
+                self._is_off = True
+        return self._is_off
 
     def _ranks(self, channel: First | Other, order: _Order, *, port: int, environment: dict[str, str]) -> Result:
         spec = self._spec

@@ -24,7 +24,7 @@ from moetrain.launch.local import Outcome
 from moetrain.launch.machine.ranks import POLL_SECONDS, Order, StopRequests
 from moetrain.launch.nodes.agent import PROBLEM
 from moetrain.launch.nodes.channel import LAUNCHER, Other
-from moetrain.launch.nodes.spec import CONSOLE, NodeEnd, Spec, read_ends, request
+from moetrain.launch.nodes.spec import CONSOLE, NodeEnd, Spec, read_ends, request, requested
 
 LAUNCHER_LOG = "launcher.log"
 DEFAULT_PORT = 29400
@@ -166,6 +166,7 @@ class _Follower:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._channel is not None:
+            self._channel.tell(Order.END)  # a node that still waits for others would do so for launch.start_seconds
             self._channel.close()
         self._console.show()
 
@@ -233,8 +234,8 @@ class Console:
 def _judge(spec: Spec, *, asked: int, log: Path) -> Outcome:
     """How the run ended, from what the agents have left."""
     ends = read_ends(spec)
-    if not ends:
-        if asked:
+    if not any(end.ended or end.lost or end.problem for end in ends.values()):
+        if asked or requested(Path(spec.run_dir)) is not Order.GO_ON:
             return Outcome(stopped=True)
         raise LaunchError(f"no node has started; {log} {_last_lines(log)}")
     problems = [end for end in ends.values() if end.user]

@@ -69,6 +69,8 @@ def deepspeed_command(launch: LaunchConfig, *, hostfile: Path, spec_file: Path, 
     # a script and not --module: the slurm runner does not know it, and the mpich runner mixes it up with its helper
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi",
              "--launcher", launch.runner, "--no_local_rank", "--master_addr", master_addr]  # fmt: skip
+    if launch.runner == "slurm":
+        words.append("--no_ssh_check")  # srun needs no ssh, which many clusters do not have between nodes
     if launch.ssh_port is not None:
         words += ["--ssh_port", str(launch.ssh_port)]
     if launch.runner_args:

@@ -232,6 +232,20 @@ def test_a_node_that_does_not_come_is_named(spec: MakeSpec) -> None:
     assert caught.value.hosts == ("host1", "host2")
 
 
+@pytest.mark.parametrize("begins", ["at once", "later"])
+def test_a_launcher_that_gives_up_leaves_no_node_waiting(spec: MakeSpec, run_dir: Path, begins: str) -> None:
+    """The first node was reached, the other was not; an agent is no child of the launcher's, as with ssh."""
+    waits = spec("ready()", start_seconds=60)
+    agent = agents(waits, only=1)[2].removesuffix("& wait")
+    pid = shlex.quote(str(run_dir / "agent"))
+    late = {"at once": "sleep 2", "later": "true"}[begins]
+    told = "echo pdsh@here: host1: ssh exited with exit code 255"
+    command = f"export NODE=0; setsid {agent.removeprefix('NODE=0 ')} & echo $! >{pid}; {late}; {told}; sleep 60"
+    with pytest.raises(LaunchError, match="no node has started"):
+        conduct(waits, ["sh", "-c", command], environment=environment())
+    wait_until(lambda: not Path(f"/proc/{(run_dir / 'agent').read_text().strip()}").exists(), seconds=15)
+
+
 def test_one_request_saves_on_all_nodes(
     run_dir: Path, spec: MakeSpec, conducted: Callable[[Spec], subprocess.Popen[str]]
 ) -> None:
