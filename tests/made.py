@@ -30,6 +30,7 @@ def a_run(directory: Path, *, steps: int = 40, incidents: bool = True) -> RunCon
     lines.append({"step": steps, "tokens": 4096 * steps, "held_out_loss": 3.2, "final": True} | evaluation)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "origin.json").write_text(json.dumps({"starts": [{"command": ["moetrain", "train", "model=tiny"]}]}))
+    (directory / "experts.json").write_text(json.dumps(_experts(layers=4, experts=4)))
     if incidents:
         text = json.dumps({"step": 12, "kind": "spike", "what": "loss <b>9</b>"}) + "\n{torn"
         (directory / "incidents.jsonl").write_text(text)
@@ -46,6 +47,22 @@ def _line(step: int) -> dict[str, Any]:
             "tokens_per_second": 2000.0, "load": layers, "max_over_mean": [4 * max(layer) for layer in layers],
             "entropy": [1.2, 1.1, 1.0, None], "dropped_share": [0.1, 0.0, 0.02, 0.05],
             "dead_experts": [[3], [], [3], []]}  # fmt: skip
+
+
+def _experts(*, layers: int, experts: int) -> dict[str, Any]:
+    """As `moetrain evaluate` writes it: two sources of equal weight, one expert without a favourite."""
+    draw = random.Random(7)
+    sources: dict[str, list[list[float]]] = {}
+    for name in ("wiki", "</script>"):
+        weights = [[0.2 + draw.random() for _ in range(experts)] for _ in range(layers)]
+        sources[name] = [[weight / sum(layer) for weight in layer] for layer in weights]
+    first, second = sources.values()
+    both = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+    words = [[], [{"text": " the", "occurrences": 40, "share": 0.9, "times": 3.6}],
+             [{"text": "<b>", "occurrences": 12, "share": 0.5, "times": 2.0}], [{"text": "\n", "occurrences": 99,
+              "share": 1.0, "times": 4.0}]]  # fmt: skip
+    return {"step": 40, "tokens": 9000, "all": both, "sources": sources, "told_by_token": [0.5, 0.3, 0.2, 0.1],
+            "favourites": [words] * layers}  # fmt: skip
 
 
 def a_sweep(directory: Path, *, seeds: int = 2, unfinished: int = 0) -> Sweep:

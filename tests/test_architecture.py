@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "errors",
     },
     "verify": {"watch.guard", "train", "checkpoint", "model", "moe", "data", "parallel", "config", "errors"},
-    "evaluation": {"hub", "train", "checkpoint", "model", "data", "config", "errors"},
+    "evaluation": {"hub", "train", "checkpoint", "model", "moe", "data", "config", "errors"},
     "surgery": {"evaluation", "hub", "archive", "checkpoint", "data", "plan", "config", "errors"},
     "hub": {"archive", "checkpoint", "model", "instruct.template", "data", "plan", "config", "errors"},
     "archive": {"checkpoint", "model", "metrics", "plan", "config", "errors"},

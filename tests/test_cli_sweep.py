@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def test_a_sweep_that_is_killed_goes_on_and_has_every_step_once(place):
     (place / "text").mkdir()
     for number in range(20):
         (place / "text" / f"{number}.txt").write_text(f"Document {number}. " + "What is said is said. " * (number + 20))
-    words = ("sweep", "seed=1,2", "schedule.steps=60", "name=killed", *TINY)
-    metrics = place / "sweeps/killed/runs/seed-1_seed-1/metrics.jsonl"
+    words = ("sweep", "optim.weight_decay=0.1,0.2", "schedule.steps=60", "name=killed", *TINY)
+    metrics = place / "sweeps/killed/runs/weight_decay-0.1_seed-1/metrics.jsonl"
     with subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True) as first:  # fmt: skip
         _wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) >= 8, first)
@@ -63,7 +64,7 @@ def test_a_sweep_that_is_killed_goes_on_and_has_every_step_once(place):
     assert steps == list(range(1, 61))
     starts = json.loads((metrics.parent / "origin.json").read_text())["starts"]
     assert len(starts) == 2
-    assert "resumed from" in (place / "sweeps/killed/log/seed-1_seed-1.log").read_text()
+    assert "resumed from" in (place / "sweeps/killed/log/weight_decay-0.1_seed-1.log").read_text()
 
 
 def _wait_for(ready, process=None):
@@ -88,6 +89,9 @@ class TestWords:
         [
             ((), "no axis is given: write SETTING=value,value,…"),
             (("optim.lr=1e-3",), "no axis is given"),
+            (("seed=1,2",), "seeds alone compare nothing"),
+            (("optim.lr=1e-3,2e-3", "seed=x"), "'seeds[0]' is 'x', but must be a whole number"),
+            (("optim.lr=1e-3,2e-3", "run_dir=a"), "run_dir is given as a setting of the runs, but a sweep sets it"),
             (("optim.lr=1e-3,2e-3", "jobs=two"), "'jobs' is 'two', but must be a whole number"),
             (("optim.lr=1e-3,2e-3", "--fast"), "--fast is not an option"),
             (("optim.rl=1,2",), "'optim.rl' is not a setting; did you mean 'optim.lr'?"),
@@ -96,7 +100,9 @@ class TestWords:
                 ("experiment=expert_cuont", "seed=1,2"),
                 "sweeps: expert_count; experiments:",
             ),
-            (("status",), "sweep status takes one directory"),
+            (("status",), "no sweeps are named, but it must be one: none is in sweeps"),
+            (("status", "a", "b"), "2 sweeps are named, but it must be one"),
+            (("status", "--twice"), "'--twice' is not known here"),
             (("status", "nowhere"), "nowhere/sweep.json does not exist"),
             (("predict", "sweeps/a"), "nothing is asked for: give compute=FLOPS"),
             (("predict", "sweeps/a", "compute=much"), "compute is 'much', but must be a number above 0"),
@@ -121,8 +127,14 @@ class TestWords:
         assert "2 points x 1 seeds = 2 runs" in moetrain_in_process("sweep", *words).stdout
 
     def test_ranges_are_hydras(self, moetrain_in_process):
-        text = moetrain_in_process("sweep", "seed=range(1,4)", "--dry-run").stdout
+        text = moetrain_in_process("sweep", "model.num_layers=range(1,4)", "--dry-run").stdout
         assert "3 points" in text
+
+    def test_a_seed_is_no_axis_but_one_for_every_point(self, moetrain_in_process):
+        words = ("model.num_layers=1,2", "seed=range(1,4)", "--dry-run")
+        assert "2 points x 3 seeds = 6 runs" in moetrain_in_process("sweep", *words).stdout
+        words = ("model.num_layers=1,2", "seed=7", "--dry-run")
+        assert "2 points x 1 seeds = 2 runs" in moetrain_in_process("sweep", *words).stdout
 
     def test_a_search_says_what_it_would_try(self, moetrain_in_process):
         pytest.importorskip("optuna")
@@ -136,6 +148,16 @@ class TestAnswers:
         lines = moetrain_in_process("sweep", "status", "s").stdout.splitlines()
         assert lines[0] == "s: 36 runs: 35 done, 1 waiting"
         assert len(lines) == 38
+
+    def test_the_only_sweep_need_not_be_named(self, moetrain_in_process, place):
+        a_sweep(place / "sweeps" / "a")
+        asked = ("predict", "parameters=5e6", "experts=8")
+        alone = moetrain_in_process("sweep", *asked)
+        assert alone.returncode == 0
+        shutil.copytree(place / "sweeps" / "a", place / "sweeps" / "b")
+        assert_told(moetrain_in_process("sweep", *asked), "no sweeps are named, but it must be one: one of a, b")
+        assert moetrain_in_process("sweep", *asked, "b").stdout == alone.stdout
+        assert moetrain_in_process("sweep", "status", "b").stdout.startswith("sweeps/b: 36 runs: 36 done")
 
     def test_a_prediction_has_its_interval_and_a_refusal_its_reason(self, moetrain_in_process, place):
         a_sweep(place / "s")

@@ -50,19 +50,23 @@ class Options:
         return options
 
 
-def settings(options: Options) -> tuple[RunConfig, Composed]:
-    """The checked settings of a run, and where each came from."""
+def settings(options: Options, *, jobs: int = 1) -> tuple[RunConfig, Composed]:
+    """The checked settings of a run, and where each came from.
+
+    Args:
+        jobs: runs at a time that share the hosts, if it has any.
+    """
     from moetrain.compose import compose
     from moetrain.config.checks import check, resolve
     from moetrain.config.freeze import flatten, freeze, to_dict
     from moetrain.launch.machine.cores import default_processes
-    from moetrain.launch.nodes.hosts import with_hosts
+    from moetrain.launch.nodes.hosts import shared
 
     composed = compose(options.overrides, config_dir=options.config_dir)
     run = freeze(composed.settings)
     if run.name is None:
         run = replace(run, name=_default_name(composed.choices, is_dense=run.model.moe is None))
-    run = replace(run, launch=with_hosts(run.launch))
+    run = replace(run, launch=shared(run.launch, jobs=jobs))
     nodes = run.launch.nodes or 1
     run = resolve(run, default_processes=_fitting(default_processes(), batch=run.batch.global_batch // max(1, nodes)))
     check(run, flatten(to_dict(run)))

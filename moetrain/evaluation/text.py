@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moetrain.data.loader import HeldOutText, held_out_batches
 from moetrain.data.packing import Packing
+from moetrain.evaluation.experts import TokenCounts
 from moetrain.model.gpt import GPT
 from moetrain.model.objective import NOT_COUNTED, negative_log_likelihood
+from moetrain.moe.layer import MoEOutput
+from moetrain.moe.routing import count
 from moetrain.train.setup import held_out_micro_batch
 
 
@@ -46,6 +50,7 @@ def evaluate_sources(
     micro_batch: int,
     packing: Packing,
     max_sequences: int | None,
+    counts: TokenCounts | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[SourceResult]:
     """Evaluate on each text; every token but the first is predicted once, from its own sequence.
@@ -56,6 +61,7 @@ def evaluate_sources(
         micro_batch: sequences per forward pass.
         packing: what documents in one sequence see of each other.
         max_sequences: how many of each source, evenly spread; None: all.
+        counts: gets the choices of every token of all of them; None: nobody asks for them.
         on_batch: called after each pass, for a progress bar.
     """
     gpt.eval()
@@ -65,15 +71,18 @@ def evaluate_sources(
         nats, tokens, count_LE = 0.0, 0, None
         for batch in held_out_batches(text, sequence_length=sequence_length, rank=0, world_size=1,
                                       micro_batch=micro_batch, max_sequences=max_sequences):  # fmt: skip
-            # what is padding must not be counted as load
             rows = type(batch)(tokens=batch.tokens[: batch.rows], targets=batch.targets[: batch.rows], rows=batch.rows)
             given = held_out_micro_batch(rows, packing=packing, device=device)
-            summed, loads = negative_log_likelihood(gpt, given)
+            summed, blocks = negative_log_likelihood(gpt, given)
             nats += float(summed.double())
-            tokens += int((given.target_BS != NOT_COUNTED).sum())
-            if loads:
-                now = torch.stack([load.count_E for load in loads])
+            # what is padding, or has no loss, must not be counted as load
+            where_T = (given.target_BS != NOT_COUNTED).flatten()
+            tokens += int(where_T.sum())
+            if blocks:
+                now = torch.stack([_counted(block, where_T) for block in blocks])
                 count_LE = now if count_LE is None else count_LE + now
+            if counts is not None:
+                counts.add(given.token_BS.flatten(), where_T, [block.choice for block in blocks])
             on_batch()
         loss = nats / max(1, tokens)
         share_LE = [] if count_LE is None else (count_LE / count_LE.sum(1, keepdim=True)).tolist()
@@ -82,6 +91,14 @@ def evaluate_sources(
             tokens=tokens, num_tokens=text.num_tokens, share_LE=share_LE,
         ))  # fmt: skip
     return results
+
+
+def _counted(block: MoEOutput, where_T: Tensor) -> Tensor:
+    """How often each expert was chosen by the tokens that count, [E]."""
+    where_TK = where_T.unsqueeze(1).expand_as(block.choice.expert_TK)
+    if block.choice.sent_TK is not None:
+        where_TK = where_TK & block.choice.sent_TK
+    return count(block.choice.expert_TK, num_experts=len(block.load.count_E), where_TK=where_TK)
 
 
 def together(results: list[SourceResult], texts: Mapping[str, HeldOutText]) -> SourceResult:
@@ -102,9 +119,3 @@ def together(results: list[SourceResult], texts: Mapping[str, HeldOutText]) -> S
             for layer in layers
         ],
     )
-
-
-def apart(share_E: list[float], common_E: list[float]) -> float:
-    """How far the experts of one source are from those of all: the share of its copies that would have to move (total
-    variation); 0: the same experts, near 1: none in common."""
-    return sum(abs(own - common) for own, common in zip(share_E, common_E, strict=True)) / 2

@@ -51,6 +51,11 @@ def read_record(run_dir: Path) -> Record | None:
         return None
 
 
+def forget(run_dir: Path) -> None:
+    """Let the next start leave its own, or nothing if it never comes to that."""
+    (run_dir / "launch" / _FILE).unlink(missing_ok=True)
+
+
 def _write(run_dir: Path, state: str, message: str = "") -> None:
     path = run_dir / "launch" / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.model.gpt import GPT
-from moetrain.moe.layer import Load
+from moetrain.moe.layer import Load, MoEOutput
 
 NOT_COUNTED = -1
 """Target of a position that has no loss."""
@@ -79,10 +79,10 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def negative_log_likelihood(gpt: GPT, batch: MicroBatch) -> tuple[Tensor, list[Load]]:
-    """Summed over the counted tokens, nats; with the load of each MoE block."""
+def negative_log_likelihood(gpt: GPT, batch: MicroBatch) -> tuple[Tensor, list[MoEOutput]]:
+    """Summed over the counted tokens, nats; with what each MoE block did."""
     output = gpt(batch.token_BS, document_BS=batch.document_BS, position_BS=batch.position_BS)
     summed = nn.functional.cross_entropy(
         output.logit_BSV.float().flatten(0, 1), batch.target_BS.flatten(), ignore_index=NOT_COUNTED, reduction="sum"
     )
-    return summed, [layer.load for layer in output.moe]
+    return summed, output.moe

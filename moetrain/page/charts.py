@@ -66,17 +66,19 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """A number for each place of a table, over time."""
+    """A number for each place of a table, over time or whatever else its frames are."""
 
     key: str
     title: str
     x_label: str
     y_label: str
     frames: Sequence[tuple[str, Sequence[Sequence[Number]]]]
-    """Label of the moment, and its rows."""
+    """Label of the moment, or the like, and its rows."""
     low: float
     high: float
     scale_label: str
+    every_frame: bool = False
+    """Whether a file shows all frames, and not a few moments of many alike."""
     note: str = ""
 
 

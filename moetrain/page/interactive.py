@@ -6,7 +6,9 @@ from typing import Any
 
 from moetrain.page.charts import HEAT, PALETTE, Chart, HeatMap, Series
 
-_MARGIN = {"l": 64, "r": 16, "t": 16, "b": 52}
+_MARGIN = {"l": 64, "r": 16, "t": 36, "b": 52}
+_BUTTONS = 28
+"""At the top there is room for Plotly's buttons, and for the legend under them."""
 
 
 def figure(part: Chart | HeatMap) -> dict[str, Any]:
@@ -22,8 +24,8 @@ def _lines(chart: Chart) -> dict[str, Any]:
             data.append(_band(series, colour))
         data.append(_trace(series, colour))
     layout: dict[str, Any] = {
-        "margin": dict(_MARGIN),
-        "height": 380,
+        "margin": dict(_MARGIN) | {"t": _MARGIN["t"] + (_BUTTONS if len(chart.series) > 1 else 0)},
+        "height": 400,
         "hovermode": "closest",
         "xaxis": {"title": {"text": chart.x_label}, "automargin": True},
         "yaxis": {"title": {"text": chart.y_label}, "automargin": True},
@@ -31,7 +33,8 @@ def _lines(chart: Chart) -> dict[str, Any]:
         "showlegend": len(chart.series) > 1,
     }
     if chart.log_x:
-        layout["xaxis"] |= {"type": "log", "exponentformat": "power"}
+        # within a decade Plotly would set a mark at every half
+        layout["xaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
     if chart.ticks is not None:
         layout["xaxis"] |= {"tickvals": list(chart.ticks), "ticktext": [f"{tick:,.4g}" for tick in chart.ticks]}
     if chart.log_y:
@@ -94,7 +97,7 @@ def _heat_map(part: HeatMap) -> dict[str, Any]:
     rows = [[list(row) for row in frame] for _, frame in part.frames]
     height = min(700, 180 + 34 * len(rows[-1]))
     layout = {
-        "margin": dict(_MARGIN) | {"t": 36, "b": 96},
+        "margin": dict(_MARGIN) | {"b": 96},
         "height": max(340, height),
         "xaxis": {"title": {"text": part.x_label}, "dtick": _dtick(len(rows[-1][0])), "showgrid": False},
         "yaxis": {"title": {"text": part.y_label}, "dtick": _dtick(len(rows[-1])), "showgrid": False},

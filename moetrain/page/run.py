@@ -12,6 +12,7 @@ from typing import Any
 from moetrain.config.freeze import flatten, to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.page.charts import Chart, HeatMap, Number, Section, Series, Table
+from moetrain.page.experts import Experts, experts_section
 from moetrain.plan.flops import count_parameters, flops_per_token, format_count
 from moetrain.sweep.state import seconds_of
 
@@ -34,6 +35,8 @@ class Facts:
     incidents: Sequence[Mapping[str, Any]] = ()
     sample: tuple[str, str] | None = None
     """An opening, and what the model wrote after it."""
+    experts: Experts | None = None
+    """What they have made their own; None: not counted."""
     planned: tuple[str, float] | None = None
     """A cluster, and tokens per second by the plan for it."""
 
@@ -53,6 +56,8 @@ def run_sections(lines: Lines, facts: Facts) -> list[Section]:
         sections.append(Section(title="A sample", text=f"{opening} ⟶ {written}"))
     if any(line.get("load") for line in trained):
         sections.append(Section(title="Experts", text=_dead_text(trained), parts=_experts(trained, facts.run)))
+    if facts.run.model.moe is not None:
+        sections.append(experts_section(facts.experts))
     if trained:
         sections.append(Section(title="Throughput", parts=[_throughput(trained, facts)]))
     sections.append(_incidents(facts))

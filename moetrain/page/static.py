@@ -22,7 +22,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "moetrain",  # the same picture, the same file
 }
-_MOST_MAPS = 3
+_MOST_MAPS, _MOST_OF_ALL = 3, 12
 
 
 def draw(part: Chart | HeatMap, directory: Path, *, title: str) -> list[Path]:
@@ -64,7 +64,7 @@ def _lines(axes: Any, chart: Chart) -> None:
     if places is not None:
         axes.set_xticks(list(places.values()), list(places))
     if chart.zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     if len(chart.series) > 1:
@@ -79,18 +79,20 @@ def _marks(series: Series) -> dict[str, Any]:
 
 
 def _heat_maps(figure: Any, part: HeatMap) -> None:
-    """A few moments side by side: the first, those between and the last."""
+    """A few moments side by side: the first, those between and the last; or every frame."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
-    count = min(_MOST_MAPS, len(part.frames))
+    count = min(_MOST_OF_ALL if part.every_frame else _MOST_MAPS, len(part.frames))
     chosen = [part.frames[round(i * (len(part.frames) - 1) / max(1, count - 1))] for i in range(count)]
     if count == 1:
         chosen = [part.frames[-1]]
+    rows_of_maps = -(-count // _MOST_MAPS)
+    grid = figure.subplots(rows_of_maps, min(count, _MOST_MAPS), squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.remove()
     image = None
-    for place, (axes, (label, rows)) in enumerate(
-        zip(figure.subplots(1, count, squeeze=False)[0], chosen, strict=True)
-    ):
+    for place, (axes, (label, rows)) in enumerate(zip(grid.flat, chosen, strict=False)):
         values = [[_number(each) for each in row] for row in rows]
         image = axes.imshow(
             values,
@@ -106,7 +108,7 @@ def _heat_maps(figure: Any, part: HeatMap) -> None:
         axes.set_xlabel(part.x_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        if place == 0:
+        if place % _MOST_MAPS == 0:
             axes.set_ylabel(part.y_label)
     bar = figure.colorbar(image, ax=figure.axes, fraction=0.04, aspect=30, extend="max")
     bar.set_label(part.scale_label)

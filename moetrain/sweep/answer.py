@@ -170,7 +170,7 @@ def fits(runs: Sequence[Measured]) -> dict[str, Fit | str]:
     for experts in sorted({run.experts for run in runs}):
         some = [run for run in runs if run.experts == experts]
         for law in (COMPUTE, CHINCHILLA):
-            found[f"{law.name}, {experts:g} experts"] = _fit_or_why(law, some)
+            found[f"{law.name}, {experts:g} expert{'' if experts == 1 else 's'}"] = _fit_or_why(law, some)
     return found
 
 

@@ -36,8 +36,8 @@ class SweepConfig:
     """A file of configs/cluster, for keep=time and for the device of keep=memory."""
     seeds: list[int] = field(default_factory=lambda: [1])
     """Each point is trained once with each."""
-    jobs: int = 1
-    """Runs at the same time."""
+    jobs: int | None = None
+    """Runs at the same time. null: one, or, in SLURM's queue, as many as it lets."""
     retries: int = 1
     """How often a run that failed is started again, from its newest checkpoint."""
     halving: int = 0
@@ -45,6 +45,11 @@ class SweepConfig:
     successive halving, Li et al. 2018, arXiv:1810.05934); 0: every run goes to its end."""
     rungs: list[float] = field(default_factory=lambda: [0.25, 0.5])
     """Where runs are compared, as shares of their steps."""
+
+    @property
+    def at_once(self) -> int:
+        """Runs at the same time, where we start them ourselves."""
+        return 1 if self.jobs is None else self.jobs
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,10 @@ def freeze_sweep(settings: dict[str, Any], axes: Sequence[Axis]) -> SweepConfig:
     if config.keep not in KEPT:
         problems.append(f"keep is {config.keep!r}, but must be one of {', '.join(KEPT)}")
     if not axes:
-        problems.append("no axis is given: write SETTING=value,value,…, or experiment=NAME of a file in configs/sweep")
+        problems.append(
+            "no axis is given: write SETTING=value,value,…, or experiment=NAME of a file in configs/sweep (seeds alone "
+            "compare nothing)"
+        )
     if problems:
         raise ConfigError(problems)
     return config
@@ -111,7 +119,7 @@ def freeze_sweep(settings: dict[str, Any], axes: Sequence[Axis]) -> SweepConfig:
 
 def _numbers(config: SweepConfig) -> list[str]:
     problems = []
-    for name, value, least in (("jobs", config.jobs, 1), ("retries", config.retries, 0)):
+    for name, value, least in (("jobs", config.at_once, 1), ("retries", config.retries, 0)):
         if value < least:
             problems.append(f"{name} is {value}, but must be at least {least}")
     if config.halving != 0 and config.halving < 2:
@@ -139,6 +147,10 @@ def _names(config: SweepConfig, axes: Sequence[Axis]) -> list[str]:
         problems.append(f"free is {config.free}, which is an axis: name a setting that is not")
     if not re.fullmatch(r"[\w.@+-]+", config.name):
         problems.append(f"name is {config.name!r}, but must be letters, digits and . _ - + @: it names a directory")
+    taken = {"seed": "seeds: [1, 2]", "name": "name", "run_dir": "sweep_dir"}
+    for name in [*names, *(word.partition("=")[0] for word in config.settings)]:
+        if name in taken:
+            problems.append(f"{name} is given as a setting of the runs, but a sweep sets it itself: use {taken[name]}")
     for axis in axes:
         labels = [choice.label for choice in axis.choices]
         if len(set(labels)) < len(labels):

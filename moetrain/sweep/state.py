@@ -4,6 +4,7 @@ SWEEP_DIR/
   sweep.json  lock  report.html
   runs/POINT_seed-1/      a run directory like any other
   log/POINT_seed-1.log    what its command printed
+  array/001/              a job array of SLURM: script, commands, what each printed
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from typing import Any
 
 from moetrain.config.freeze import freeze_section
 from moetrain.errors import ConfigError, DataError
-from moetrain.launch.lock import is_running
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.grid import Point
 from moetrain.sweep.settings import SweepConfig
 
 STATE_FILE = "sweep.json"
-WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+WAITING, QUEUED, RUNNING, DONE, FAILED, STOPPED = "waiting", "queued", "running", "done", "failed", "stopped"
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,8 @@ class Run:
     point: str
     seed: int
     status: str = WAITING
-    """waiting, running, done, failed (its retries are used up) or stopped (by successive halving)."""
+    """waiting, queued (given to SLURM; ``work.array`` knows what became of it), running, done, failed (its retries are
+    used up) or stopped (by successive halving)."""
     attempts: int = 0
     """Starts that failed."""
     note: str = ""
@@ -98,14 +99,6 @@ class Sweep:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(partial, self.directory / STATE_FILE)
 
-    def look(self) -> None:
-        """Bring what is known of the runs up to date: nobody watches those of a cluster's queue."""
-        for run in self.runs:
-            if read_result(self.run_dir(run)):
-                run.status, run.note = DONE, ""
-            elif is_running(self.run_dir(run)):
-                run.status = RUNNING
-
     def run_dir(self, run: Run) -> Path:
         """The directory of a run."""
         return self.directory / "runs" / run.name
@@ -123,6 +116,21 @@ class Sweep:
         return found
 
 
+def find_sweep(named: Sequence[str], *, root: Path = Path("sweeps")) -> Path:
+    """The directory of the sweep that is named, by a path or by its name in sweeps/; of the only one there, if none is.
+
+    Raises:
+        ConfigError: several are named, or none where there is not exactly one.
+    """
+    there = sorted(path.parent.name for path in root.glob(f"*/{STATE_FILE}"))
+    if len(named) == 1:
+        return root / named[0] if named[0] in there and not (Path(named[0]) / STATE_FILE).is_file() else Path(named[0])
+    if not named and len(there) == 1:
+        return root / there[0]
+    told = f"one of {', '.join(there)}" if there else f"none is in {root}"
+    raise ConfigError([f"{len(named) or 'no'} sweeps are named, but it must be one: {told}"])
+
+
 def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) -> Sweep:
     """A new sweep, or the one that is there with what it has done: then points may be added, but none changed.
 
@@ -136,9 +144,9 @@ def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) ->
     if (directory / STATE_FILE).is_file():
         earlier = Sweep.read(directory)
         known, runs = dict(earlier.points), earlier.runs
-        changed = [point for point in points if point.name in known and known[point.name].overrides != point.overrides]
+        changed = [point for point in points if point.name in known and _trained(known[point.name]) != _trained(point)]
         if changed:
-            was, now = known[changed[0].name].overrides, changed[0].overrides
+            was, now = _trained(known[changed[0].name]), _trained(changed[0])
             told = f"{' '.join(sorted(set(was) - set(now))) or 'without'} -> {' '.join(sorted(set(now) - set(was)))}"
             raise ConfigError(
                 [
@@ -157,6 +165,11 @@ def open_sweep(directory: Path, config: SweepConfig, points: Sequence[Point]) ->
         if run.status in (RUNNING, FAILED):
             run.status, run.attempts, run.note = WAITING, 0, ""
     return Sweep(directory, config, known, runs)
+
+
+def _trained(point: Point) -> list[str]:
+    """What it trains; where it does may change from start to start."""
+    return [override for override in point.overrides if not override.startswith(("launch=", "launch."))]
 
 
 def _point(entry: dict[str, Any]) -> Point:

@@ -119,10 +119,10 @@ def _summed(
         real = max(1, batch.rows)
         rows = HeldOutBatch(tokens=batch.tokens[:real], targets=batch.targets[:real], rows=batch.rows)
         given = held_out_micro_batch(rows, packing=packing, device=device)
-        summed, loads = negative_log_likelihood(gpt, given)
+        summed, blocks = negative_log_likelihood(gpt, given)
         total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
         if meter is not None and batch.rows:
-            for layer, load in enumerate(loads):
+            for layer, load in enumerate(block.load for block in blocks):
                 meter.add(layer, load.count_E, dropped=load.dropped, entropy_sum=load.entropy,
                           tokens=given.token_BS.numel(), balance=load.balance, z=load.z)  # fmt: skip
         on_batch()
@@ -226,10 +226,10 @@ def certify(
     total, counts = torch.zeros(2, dtype=torch.float64, device=device), None
     for batch in probe:
         given = held_out_micro_batch(batch, packing=packing, device=device)
-        summed, loads = negative_log_likelihood(gpt, given)
+        summed, blocks = negative_log_likelihood(gpt, given)
         total += torch.stack([summed.double(), (given.target_BS != NOT_COUNTED).sum().double()])
-        if loads:
-            now = torch.stack([load.count_E for load in loads])
+        if blocks:
+            now = torch.stack([block.load.count_E for block in blocks])
             counts = now if counts is None else counts + now
     gpt.train(was_training)
     summed_nats, count = total.tolist()

@@ -153,20 +153,3 @@ def test_an_array_runs_each_command_and_requeues_the_one_that_stops_at_its_limit
     slurm.call("scontrol", "update", f"JobId={number}_1", "StartTime=now+5")
     wait_until(lambda: state(slurm, number) == "COMPLETED COMPLETED", what=lambda: state(slurm, number))
     assert "goes back into the queue" in (tmp_path / "an array" / f"array-{number}_1.out").read_text()
-
-
-def test_a_sweep_is_an_array_of_its_runs(place: Place, slurm: Slurm, wait_until: Wait) -> None:
-    words = ["name=rates", *SETTINGS, "optim.lr=1e-3,3e-3", "launch=slurm", "launch.slurm.gpus_per_node=0",
-             "launch.processes=1", "schedule.steps=6", "checkpoint.every_steps=null"]  # fmt: skip
-    begun = place.call(*place.words("sweep", *words), **slurm.environment)
-    assert begun.returncode == 0, begun.stderr
-    number = str(json.loads((place.directory / "sweeps/rates/launch/job.json").read_text())["job"])
-    assert f"SLURM job {number}, an array of 2" in begun.stdout
-    again = place.call(*place.words("sweep", *words), **slurm.environment)
-    assert again.returncode == 2
-    assert f"already SLURM job {number}" in again.stderr
-    wait_until(lambda: state(slurm, number) == "COMPLETED COMPLETED", what=lambda: state(slurm, number))
-    shown = place.call(*place.words("sweep", "status", "sweeps/rates")).stdout
-    assert "2 done" in shown
-    done = place.call(*place.words("sweep", *words), **slurm.environment)
-    assert "next: moetrain report" in done.stdout, done.stderr

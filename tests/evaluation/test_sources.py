@@ -13,8 +13,8 @@ from own_runs import write_own_run
 
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.data.corpus import Prepared
-from moetrain.evaluation.text import apart
 from moetrain.hub.generate import load_model
+from moetrain.page.experts import apart
 from moetrain.prepare.directory import prepare
 
 S = 12
@@ -96,7 +96,7 @@ def test_any_prepared_text_is_a_source(run_dir, sources, moetrain_in_process):
 
 def test_the_table_names_sources_and_their_experts(run_dir, moetrain_in_process):
     out = moetrain_in_process("evaluate", str(run_dir), "max_sequences=2").stdout
-    lines = [line.split() for line in out.splitlines() if line and not line.startswith("evaluate")]
+    lines = [line.split() for line in out.splitlines() if line and not line.startswith(("evaluate", "experts by"))]
     assert [line[0] for line in lines[:4]] == ["source", "speeches", "sums", "all"]
     assert [line[:2] for line in lines[-4:]] == [["0", "speeches"], ["0", "sums"], ["1", "speeches"], ["1", "sums"]]
 

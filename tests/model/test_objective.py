@@ -105,7 +105,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_likelihood_is_summed_over_counted_tokens() -> None:
     gpt, (token_BS, target_BS) = make_gpt(), batch()
-    summed, load = negative_log_likelihood(gpt, MicroBatch(token_BS=token_BS, target_BS=target_BS))
+    summed, blocks = negative_log_likelihood(gpt, MicroBatch(token_BS=token_BS, target_BS=target_BS))
     assert summed.item() == pytest.approx(sum(plain_nll(gpt, token_BS, target_BS)), rel=1e-5)
-    assert [int(each.count_E.sum()) for each in load] == [12 * 2, 12 * 2]
+    assert [int(each.load.count_E.sum()) for each in blocks] == [12 * 2, 12 * 2]
     assert not summed.requires_grad

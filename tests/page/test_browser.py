@@ -41,7 +41,8 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_every_picture_of_a_run_is_drawn_and_nothing_is_wrong(run_page):
     assert {"plot-loss", "plot-loss_by_source", "plot-gradient_norm", "plot-expert_load", "plot-max_over_mean",
-            "plot-entropy", "plot-dropped_share", "plot-throughput"} == set(drawn(run_page))  # fmt: skip
+            "plot-entropy", "plot-dropped_share", "plot-throughput", "plot-experts_by_source", "plot-sources_apart",
+            "plot-told_by_token"} == set(drawn(run_page))  # fmt: skip
     assert run_page.get_log("browser") == []
 
 

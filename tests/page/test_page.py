@@ -11,6 +11,7 @@ from made import a_run, a_sweep
 from moetrain.errors import DataError
 from moetrain.metrics.log import read_metrics
 from moetrain.page.charts import Chart, HeatMap, Series, Table, charts_of
+from moetrain.page.experts import Experts, experts_section, read_experts
 from moetrain.page.html import write_page
 from moetrain.page.interactive import figure
 from moetrain.page.run import Facts, read_incidents, run_sections
@@ -26,8 +27,11 @@ BARS = Chart(key="k", title="k", x_label="x", y_label="y", categories=["p", "q"]
 MAP = HeatMap(key="m", title="m", x_label="x", y_label="y", low=0, high=2, scale_label="s",
               frames=[("1", [[0.0, 1.0]]), ("2", [[2.0, None]]), ("3", [[1.0, 1.0]]), ("4", [[0.5, 1.5]])])  # fmt: skip
 
+ALL = HeatMap(key="all", title="m", x_label="x", y_label="y", low=0, high=2, scale_label="s", every_frame=True,
+              frames=[(str(number), [[1.0, 0.5 * number]]) for number in range(4)])  # fmt: skip
 
-@pytest.mark.parametrize("part", [CHART, BARS, MAP], ids=lambda part: part.key)
+
+@pytest.mark.parametrize("part", [CHART, BARS, MAP, ALL], ids=lambda part: part.key)
 def test_a_picture_is_drawn_as_png_and_svg(part, tmp_path):
     png, svg = draw(part, tmp_path, title="t")
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -37,7 +41,7 @@ def test_a_picture_is_drawn_as_png_and_svg(part, tmp_path):
     assert svg.read_bytes() == before, "the same picture, the same file"
 
 
-@pytest.mark.parametrize("part", [CHART, BARS, MAP], ids=lambda part: part.key)
+@pytest.mark.parametrize("part", [CHART, BARS, MAP, ALL], ids=lambda part: part.key)
 def test_plotly_takes_every_figure(part):
     objects = pytest.importorskip("plotly.graph_objects")
     made = figure(part)
@@ -63,7 +67,41 @@ def test_a_run_tells_its_incidents_dead_experts_and_changes(tmp_path):
 def test_a_run_that_has_logged_nothing_has_a_page_too(tmp_path):
     run = a_run(tmp_path / "made")
     titles = [each.title for each in run_sections([], Facts(run=run))]
-    assert titles == ["At a glance", "Incidents", "Checkpoints", "Settings"]
+    assert titles == ["At a glance", "Specialisation", "Incidents", "Checkpoints", "Settings"]
+
+
+def test_a_run_tells_what_its_experts_have_made_their_own(tmp_path):
+    run = a_run(tmp_path / "made")
+    facts = Facts(run=run, experts=read_experts(tmp_path / "made"))
+    (section,) = [each for each in run_sections([], facts) if each.title == "Specialisation"]
+    by_source, apart_by_layer, by_token, *tables = section.parts
+    assert isinstance(by_source, HeatMap)
+    name, rows = by_source.frames[1]
+    # two sources of equal weight: what one takes more of, the other takes less of
+    assert name == "</script>"
+    assert [a + b for a, b in zip(rows[2], by_source.frames[0][1][2], strict=True)] == pytest.approx([2.0] * 4)
+    assert isinstance(apart_by_layer, Chart)
+    assert apart_by_layer.series[0].y == pytest.approx(apart_by_layer.series[1].y)
+    assert isinstance(by_token, Chart)
+    assert [table.rows[1][2] for table in tables] == ["␣the 3.6x"] * 4
+    assert tables[0].rows[0][2] == "none stands out"
+    assert tables[0].rows[3][2] == "⏎ 4.0x"
+
+
+def test_the_tables_of_many_experts_stay_few(tmp_path):
+    favourites = [[[{"text": "a", "occurrences": 10, "share": 0.5, "times": 2.0}]] * 256] * 60
+    found = Experts(step=1, tokens=1, all=[[1 / 256] * 256] * 60, sources={"one": [[1 / 256] * 256] * 60},
+                    told_by_token=[0.1] * 60, favourites=favourites)  # fmt: skip
+    tables = [part for part in experts_section(found).parts if isinstance(part, Table)]
+    assert [table.title.split(",")[0] for table in tables] == [
+        f"tokens of MoE layer {layer}" for layer in (0, 8, 17, 25, 34, 42, 51, 59)]  # fmt: skip
+    assert {len(table.rows) for table in tables} == {64}
+
+
+def test_a_damaged_count_is_told(tmp_path):
+    (tmp_path / "experts.json").write_text('{"step": 1}')
+    with pytest.raises(DataError, match=r"experts.json cannot be read .* moetrain evaluate .* writes it anew"):
+        read_experts(tmp_path)
 
 
 class TestSweep:

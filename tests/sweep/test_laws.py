@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moetrain.errors import DataError
-from moetrain.sweep.laws import CHINCHILLA, COMPUTE, ROUTED, Fit, Law, effective_experts, fit
+from moetrain.sweep.laws import CHINCHILLA, COMPUTE, ROUTED, Fit, Law, _middle, effective_experts, fit
 from moetrain.sweep.predict import Prediction, Refusal, predict
 
 # Clark et al. 2022, arXiv:2202.01169, table 3
@@ -88,6 +88,16 @@ def test_planted_laws_lie_in_their_intervals(law, truth, inputs, at, coefficient
         run = truth(there) * math.exp(np.random.default_rng(1000 + seed).normal(0, 0.003))
         covered["one more run"] += bool(low[0] <= run[0] <= high[0])
     assert min(covered.values()) >= 14, covered
+
+
+@pytest.mark.parametrize("samples", [20, 40, 200])
+def test_between_the_edges_of_few_samples_lies_what_is_claimed(samples):
+    """Of draws whose distribution is known: no fit, no law."""
+    draws = np.random.default_rng(0).normal(size=(samples, 40_000))
+    low, high = _middle(draws, 0.9)
+    one_more = np.random.default_rng(1).normal(size=40_000)
+    # a standard error is 0.0015
+    assert np.mean((low <= one_more) & (one_more <= high)) == pytest.approx(0.9, abs=0.006)
 
 
 @pytest.mark.parametrize("router", PUBLISHED)

@@ -14,9 +14,9 @@ import pytest
 from programs import by_point, fails, point, statuses, sweep_of, writes
 
 from moetrain.errors import ConfigError
-from moetrain.sweep.queue import loss_at, run_queue, slots
 from moetrain.sweep.settings import SweepConfig
 from moetrain.sweep.state import Sweep, open_sweep, read_result
+from moetrain.sweep.work.queue import loss_at, run_queue, slots
 
 
 def run(sweep, said=None, steps=None, **programs):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from moetrain.cli.options import Options, settings
-from moetrain.cli.running.train import _prepare_run
+from moetrain.cli.running.train import prepare_run
 from moetrain.launch.local import run_local
 from moetrain.prepare.text import expand, read_documents
 from moetrain.watch.incidents import Incident, read_incidents
@@ -58,7 +58,7 @@ def prepared(name: str, *overrides: str) -> Path:
     run, _ = settings(Options.read([f"name={name}", *SETTINGS, *overrides]))
     run_dir = Path(str(run.run_dir))
     run_dir.mkdir(parents=True)
-    _prepare_run(run, run_dir)
+    prepare_run(run, run_dir)
     return run_dir
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
     from moetrain.data.build import Corpus
     from moetrain.data.loader import HeldOutText
+    from moetrain.evaluation.experts import TokenCounts
     from moetrain.evaluation.text import SourceResult
 
 HELP = {
@@ -22,7 +23,8 @@ HELP = {
                          [tasks=NAME …] [include=DIR] [limit=N] [shots=N] [json=true]
 
 What the newest whole checkpoint of a run (or step N) makes of text: loss, perplexity and bits per byte of each source,
-and which experts each source uses. One process, whatever the run's layout.
+and which experts each source uses. One process, whatever the run's layout. On the run's own held-out text it also
+counts which tokens each expert takes, in RUN/experts.json, which `moetrain report RUN` shows.
 
   data            directories of prepared text, each a source; without it, the held-out text of the run
   max_sequences   of each source, evenly spread; without it, all
@@ -73,17 +75,56 @@ def evaluate(words: Sequence[str]) -> int:
 
 
 def _text(run_dir: Path, wanted: _Evaluate) -> int:
+    measured = _measured(run_dir, wanted, shown=not wanted.json)
+    stored = None if wanted.data or wanted.split != "held_out" else _store(run_dir, measured)
+    if wanted.json:
+        both = (measured.everything, *measured.results)
+        all_of_it, *sources = (asdict(each) | {"perplexity": each.perplexity} for each in both)
+        told = {"run": str(run_dir), "split": wanted.split, "all": all_of_it, "sources": sources}
+        print(json.dumps(told, indent=1))
+        return 0
+    _print(measured.results, measured.everything)
+    if stored is not None:
+        print(f"\nexperts by source and by token: {stored}, for moetrain report {run_dir}")
+    return 0
+
+
+def store_experts(run_dir: Path, *, max_sequences: int | None) -> None:
+    """Count the experts' choices on the run's held-out text, for its report.
+
+    Args:
+        max_sequences: of each source.
+    """
+    _store(run_dir, _measured(run_dir, _Evaluate(max_sequences=max_sequences), shown=True))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    step: int
+    results: list[SourceResult]
+    everything: SourceResult
+    counts: TokenCounts | None
+    """None: a dense model."""
+
+
+def _measured(run_dir: Path, wanted: _Evaluate, *, shown: bool) -> _Measured:
+    from moetrain.checkpoint.store import step_of, whole_checkpoints
+    from moetrain.evaluation.experts import TokenCounts
     from moetrain.evaluation.text import evaluate_sources, together
     from moetrain.hub.generate import best_device, load_model
     from moetrain.metrics.console import WorkBar
 
     run, gpt = load_model(run_dir, step=wanted.step, warn=warn, device=best_device())
+    step = max(map(step_of, whole_checkpoints(run_dir / "checkpoints"))) if wanted.step is None else wanted.step
     corpus = _corpus(run, run_dir, data=wanted.data)
     texts = corpus.held_out() if wanted.split == "held_out" else corpus.training()
     length = run.batch.sequence_length or run.model.context
     micro_batch = wanted.micro_batch or run.batch.micro_batch or 1
+    moe, counts = run.model.moe, None
+    if moe is not None:
+        counts = TokenCounts(run.model.num_layers // moe.every, run.model.vocab_size, moe.num_experts)
     total = sum(_batches(text, length, micro_batch, wanted.max_sequences) for text in texts.values())
-    with WorkBar("evaluate", total=total, unit="batches", shown=not wanted.json) as bar:
+    with WorkBar("evaluate", total=total, unit="batches", shown=shown) as bar:
         done = 0
 
         def advance() -> None:
@@ -98,21 +139,53 @@ def _text(run_dir: Path, wanted: _Evaluate) -> int:
             micro_batch=micro_batch,
             packing=corpus.packing(run.data),
             max_sequences=wanted.max_sequences,
+            counts=counts,
             on_batch=advance,
         )
-    everything = together(results, texts)
-    if wanted.json:
-        all_of_it, *sources = (asdict(each) | {"perplexity": each.perplexity} for each in (everything, *results))
-        told = {"run": str(run_dir), "split": wanted.split, "all": all_of_it, "sources": sources}
-        print(json.dumps(told, indent=1))
-        return 0
-    _print(results, everything)
-    return 0
+    return _Measured(step, results, together(results, texts), counts)
+
+
+def _store(run_dir: Path, measured: _Measured) -> Path | None:
+    """Write RUN_DIR/experts.json in one step; None: nothing to write, or no room for it."""
+    from moetrain.data.corpus import TOKENIZER
+    from moetrain.data.tokenizer import load_tokenizer
+    from moetrain.page.experts import EXPERTS_FILE, MOST_FAVOURITES
+
+    if measured.counts is None:
+        return None
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+
+    def text_of(token: int) -> str:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        # a part of a character has no text
+        return str(tokenizer.id_to_token(token)) if not text or "\ufffd" in text else str(text)
+
+    content = {
+        "step": measured.step,
+        "tokens": sum(each.tokens for each in measured.results),
+        "all": measured.everything.share_LE,
+        "sources": {each.name: each.share_LE for each in measured.results},
+        "told_by_token": measured.counts.told_by_token(),
+        "favourites": [
+            [[{"text": text_of(each.token), "occurrences": each.occurrences, "share": each.share, "times": each.times}
+              for each in best] for best in layer]
+            for layer in measured.counts.favourites(most=MOST_FAVOURITES)
+        ],
+    }  # fmt: skip
+    path = run_dir / EXPERTS_FILE
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        _warn(f"{path} cannot be written ({error.strerror}): moetrain report will not show the experts' tokens")
+        return None
+    return path
 
 
 def _print(results: list[SourceResult], everything: SourceResult) -> None:
     from moetrain.archive.listing import table
-    from moetrain.evaluation.text import apart
+    from moetrain.page.experts import apart
 
     rows = [[each.name, f"{each.loss:.4f}", f"{each.perplexity:.4g}", f"{each.bits_per_byte:.4f}", f"{each.tokens:,}"]
             for each in (results if len(results) == 1 else [*results, everything])]  # fmt: skip

@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from moetrain.page.run import Facts
 
 HELP = {
-    "report": """usage: moetrain report DIR [cluster=NAME] [--sample] [--no-files]
+    "report": """usage: moetrain report DIR [cluster=NAME] [--sample] [--experts] [--no-files]
 
 Writes DIR/report.html, one page that needs no network, and its pictures as PNG and SVG in DIR/report. DIR is the
 directory of a run or of a sweep. Needs the extra "report": pip install "moetrain[report]".
 
   cluster=NAME        the plan for this cluster beside the throughput of a run
   --sample            let the model of a run write a few lines (reads its newest checkpoint)
+  --experts           count what the experts of a run have made their own, by source and by token, with its newest
+                      checkpoint on evaluate.max_sequences of each source's held-out text; without it, the page shows
+                      what `moetrain evaluate RUN` has counted last
   --no-files          the page alone
 
 examples:
   moetrain report runs/tiny
-  moetrain report runs/tiny cluster=cpu --sample
+  moetrain report runs/tiny cluster=cpu --sample --experts
   moetrain report sweeps/expert_count
 """,
 }
@@ -36,7 +39,7 @@ PAGE, PICTURES = "report.html", "report"
 
 def report(words: Sequence[str]) -> int:
     """The verb `report`."""
-    options = Options.read(words, flags=("--sample", "--no-files"))
+    options = Options.read(words, flags=("--sample", "--experts", "--no-files"))
     places = [word for word in options.overrides if "=" not in word]
     given = dict(word.split("=", 1) for word in options.overrides if "=" in word)
     problems = [f"'{key}' is not a setting of report: use cluster" for key in given if key != "cluster"]
@@ -46,8 +49,10 @@ def report(words: Sequence[str]) -> int:
         raise ConfigError(problems)
     directory = Path(places[0])
     is_sweep = (directory / "sweep.json").is_file()
-    if is_sweep and (given or "--sample" in options.flags):
-        raise ConfigError(["cluster=… and --sample are for the report of a run: leave them out, or name a run"])
+    if is_sweep and (given or options.flags & {"--sample", "--experts"}):
+        raise ConfigError(
+            ["cluster=…, --sample and --experts are for the report of a run: leave them out, or name a run"]
+        )
     from moetrain.page.charts import charts_of
     from moetrain.page.html import write_page
     from moetrain.page.static import draw_all
@@ -94,8 +99,13 @@ def _facts(
 ) -> Facts:
     from moetrain.checkpoint import store
     from moetrain.config.identity import differences
+    from moetrain.page.experts import read_experts
     from moetrain.page.run import Facts, read_incidents
 
+    if "--experts" in options.flags and run.model.moe is not None:
+        from moetrain.cli.results.evaluate import store_experts
+
+        store_experts(directory, max_sequences=run.evaluate.max_sequences)
     preset, base = _preset(directory, run, options)
     checkpoints = []
     losses = store.held_out_losses(whole := store.whole_checkpoints(directory / "checkpoints"))
@@ -112,6 +122,7 @@ def _facts(
         checkpoints=checkpoints,
         incidents=read_incidents(directory),
         sample=_sample(directory, run) if "--sample" in options.flags else None,
+        experts=read_experts(directory),
         planned=None if cluster is None else (cluster, _planned(run, lines, cluster, options)),
     )
 

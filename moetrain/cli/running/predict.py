@@ -18,7 +18,7 @@ _INPUTS = ("compute", "parameters", "tokens", "experts")
 
 
 def predict(words: Sequence[str]) -> int:
-    """`sweep predict DIR compute=C …`; exit code 1 where no law tells anything."""
+    """`sweep predict [DIR] compute=C …`; exit code 1 where no law tells anything."""
     directory, asked = _asked(words)
     from moetrain.sweep.answer import measured
     from moetrain.sweep.state import Sweep
@@ -41,8 +41,6 @@ def _asked(words: Sequence[str]) -> tuple[Path, dict[str, float]]:
         for key, value in given.items()
         if key in _INPUTS and (isinstance(value, str) or not 0 < value < math.inf)
     ]
-    if len(places) != 1:
-        problems.append("sweep predict takes one directory: moetrain sweep predict sweeps/NAME compute=1e21")
     asked = {key: float(value) for key, value in given.items() if not isinstance(value, str)}
     if not problems and "compute" not in asked and "parameters" not in asked:
         problems.append("nothing is asked for: give compute=FLOPS, or parameters=N with experts=E or tokens=D")
@@ -50,7 +48,9 @@ def _asked(words: Sequence[str]) -> tuple[Path, dict[str, float]]:
         problems.append("parameters is given alone: give experts=E for the routed law, or tokens=D for Chinchilla's")
     if problems:
         raise ConfigError(problems)
-    return Path(places[0]), asked
+    from moetrain.sweep.state import find_sweep
+
+    return find_sweep(places), asked
 
 
 def _questions(

@@ -11,6 +11,7 @@ from moetrain.cli.options import Options
 from moetrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from moetrain.config.launch.settings import LaunchConfig
     from moetrain.sweep.settings import Axis, SweepConfig
     from moetrain.sweep.state import Sweep
 
@@ -22,13 +23,22 @@ Ask = Callable[["Sweep", int], list[dict[str, float]]]
 
 def search(words: Sequence[str]) -> int:
     """`sweep search SETTING=interval(a,b) … [trials=N]`: rounds of ``jobs`` trials, each a run, until N are done."""
-    from moetrain.cli.running.sweep import read_sweep
+    from moetrain.cli.running.sweep import points_of, read_sweep
     from moetrain.launch.lock import RunLock
 
     options = Options.read(words, flags=("--dry-run",))
     trials, space, options.overrides = _asked(options.overrides)
     ask = _asker(space)
-    config = read_sweep(options, axes=[_axis(0, {name: low for name, (low, _, _) in space.items()})])[0]
+    axis = _axis(0, {name: low for name, (low, _, _) in space.items()})
+    config = replace(read_sweep(options, axes=[axis])[0], keep="none")
+    launch = points_of(config, [axis], options)[1]
+    if launch.kind == "slurm":
+        raise ConfigError(
+            [
+                "launch.kind is slurm, but a search chooses its trials by what earlier ones reached, and would have to "
+                "wait for the queue: use launch=local inside an allocation, or launch=hostfile"
+            ]
+        )
     directory = Path(config.sweep_dir or f"sweeps/{config.name}")
     shown = ", ".join(f"{name} in {low:g} to {high:g}" for name, (low, high, _) in space.items())
     print(f"{directory}: {trials} trials of {shown}")
@@ -36,10 +46,19 @@ def search(words: Sequence[str]) -> int:
         print("a dry run: nothing was started")
         return 0
     with RunLock(directory):
-        return _rounds(directory, replace(config, keep="none"), ask, trials=trials, space=space, options=options)
+        return _rounds(directory, config, ask, trials=trials, space=space, options=options, launch=launch)
 
 
-def _rounds(directory: Path, config: SweepConfig, ask: Ask, *, trials: int, space: Space, options: Options) -> int:
+def _rounds(
+    directory: Path,
+    config: SweepConfig,
+    ask: Ask,
+    *,
+    trials: int,
+    space: Space,
+    options: Options,
+    launch: LaunchConfig,
+) -> int:
     from moetrain.cli.running.sweep import points_of, run_points
     from moetrain.sweep.state import open_sweep
 
@@ -47,11 +66,11 @@ def _rounds(directory: Path, config: SweepConfig, ask: Ask, *, trials: int, spac
     while len(opened.points) < trials or any(run.status == "waiting" for run in opened.runs):
         if not any(run.status == "waiting" for run in opened.runs):
             points = list(opened.points.values())
-            for values in ask(opened, min(trials - len(points), config.jobs)):
-                points += points_of(config, [_axis(len(points), values)], options)
+            for values in ask(opened, min(trials - len(points), config.at_once)):
+                points += points_of(config, [_axis(len(points), values)], options)[0]
             opened = open_sweep(directory, config, points)
             opened.write()
-        code = run_points(opened, options)
+        code = run_points(opened, launch, options)
         if code not in (0, 1):
             return code
     results = opened.results()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from moetrain.errors import ConfigError
 from moetrain.parallel.lifeline import STOPPED
 
 if TYPE_CHECKING:
+    from moetrain.config.launch.settings import LaunchConfig
     from moetrain.config.schema import RunConfig
     from moetrain.plan.cluster import Cluster
     from moetrain.sweep.grid import Point
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 HELP = {
     "sweep": """usage: moetrain sweep [experiment=NAME] [SETTING=value,value,… …] [keep=WHAT] [key=value …] [--dry-run]
-       moetrain sweep status DIR
-       moetrain sweep predict DIR compute=C [experts=E] [parameters=N] [tokens=D]
+       moetrain sweep status [DIR] [--once]
+       moetrain sweep predict [DIR] compute=C [experts=E] [parameters=N] [tokens=D]
        moetrain sweep search SETTING=interval(a,b) … [trials=N] [key=value …]
 
 Trains every combination of the values, each a run directory of its own in sweeps/NAME/runs. The same command again goes
@@ -34,14 +35,18 @@ on where it stopped; what failed is tried again. See docs/sweep.md.
   keep=WHAT           active_flops, total_parameters, memory or time: kept equal by adjusting
   free=SETTING        this setting (default model.moe.d_expert),
   within=AXIS         within each value of this axis
-  seeds=1,2           each point once with each seed
-  jobs=N              runs at the same time, each on cores (or GPUs) of its own
+  seeds=1,2           each point once with each seed; seed=1,2 means the same
+  jobs=N              runs at the same time, each on cores, GPUs or hosts of its own
+  launch=hostfile     each run on the hosts of launch.hosts, or on 1/jobs of them
+  launch=slurm        an array of jobs; this command ends when it is in the queue
   halving=2           stop the worse half of the runs at each of rungs=0.25,0.5 of their steps
   --dry-run           show the points and what they cost; start nothing
   --config-dir DIR    presets of your own, laid out like moetrain's
 
-`sweep status` shows how far it is. `sweep predict` fits the scaling laws and says what a larger run would reach, with
-its interval, or why the runs do not tell. `sweep search` tries values in an interval by Optuna (extra "search").
+`sweep status` shows how far it is; on a terminal the table is live while something runs (--once: a single look).
+`sweep predict` fits the scaling laws and says what a larger run would reach, with its interval, or why the runs do not
+tell. Both take a directory, a name in sweeps/, or nothing where there is only one. `sweep search` tries values in an
+interval by Optuna (extra "search").
 
 exit codes: 0 finished, 1 some runs failed, 2 something to mend, 75 stopped on request
 
@@ -69,94 +74,74 @@ def sweep(words: Sequence[str]) -> int:
         return search(words[1:])
     options = Options.read(words, flags=("--dry-run",))
     config, axes = read_sweep(options)
-    points = points_of(config, axes, options)
+    points, launch = points_of(config, axes, options)
     directory = Path(config.sweep_dir or f"sweeps/{config.name}")
     from moetrain.report.sweep import grid_text
 
     print(grid_text(directory, config, points), flush=True)
-    if "--dry-run" in options.flags:
-        print("a dry run: nothing was started")
-        return 0
     from moetrain.launch.lock import RunLock
     from moetrain.sweep.state import open_sweep
+    from moetrain.sweep.work.array import script, take_up
 
+    if "--dry-run" in options.flags:
+        print("a dry run: nothing was started")
+        if launch.kind == "slurm":
+            opened = open_sweep(directory, config, points)
+            print(f"\n{script(opened, len(opened.runs), launch)}", end="")
+        return 0
     with RunLock(directory):
         opened = open_sweep(directory, config, points)
-        opened.write()
-        return run_points(opened, options)
+        take_up(opened)
+        return run_points(opened, launch, options)
 
 
-def run_points(opened: Sweep, options: Options) -> int:
-    """Train what waits, by the launcher that the runs name, and show what came of it; returns the exit code.
-
-    The one place that knows how the runs of a sweep get their processes.
-    """
+def run_points(opened: Sweep, launch: LaunchConfig, options: Options) -> int:
+    """Train what waits, by the launcher that the runs name, and show what came of it; returns the exit code."""
     from moetrain.report.sweep import status_table
-    from moetrain.sweep.queue import run_queue
+    from moetrain.sweep.work.array import settle
+    from moetrain.sweep.work.places import queue_runs, slots_of
+    from moetrain.sweep.work.queue import run_queue
 
-    first = _composed(options, next(iter(opened.points.values())).overrides)
-    if first.launch.kind not in ("local", "slurm"):
-        raise ConfigError([f"launch.kind is {first.launch.kind}, but a sweep runs on this machine (launch=local) or as "
-                           "an array of jobs (launch=slurm)"])  # fmt: skip
-    if first.launch.kind == "slurm":
-        return _submit(opened, options)
     _prepare(opened, options)
-    stopped = run_queue(
-        opened,
-        command=lambda run: command_of(opened, run, options),
-        steps={name: _steps(_composed(options, point.overrides)) for name, point in opened.points.items()}
-        if opened.config.halving
-        else {},
-        say=lambda line: print(line, flush=True),
-    )
-    status_table(opened)
-    if stopped:
-        print("stopped on request; the same command goes on")
-        return STOPPED
+    if launch.kind == "slurm":
+        from moetrain.cli.running.train import prepare_run
+
+        queued = queue_runs(opened, lambda run: _composed(options, _words_of(opened, run), jobs=1), prepare=prepare_run)
+        settle(opened)
+        status_table(opened)
+        if queued or any(run.status in ("queued", "running") for run in opened.runs):
+            print(f"SLURM does the rest: see moetrain sweep status {opened.directory}")
+            return 0
+    else:
+        stopped = run_queue(
+            opened,
+            command=lambda run: command_of(opened, run, options),
+            steps={
+                name: _steps(_composed(options, point.overrides, jobs=opened.config.at_once))
+                for name, point in opened.points.items()
+            }
+            if opened.config.halving
+            else {},
+            say=lambda line: print(line, flush=True),
+            places=slots_of(opened, launch),
+        )
+        status_table(opened)
+        if stopped:
+            print("stopped on request; the same command goes on")
+            return STOPPED
     print(f"next: moetrain report {opened.directory}")
     return 1 if any(run.status == "failed" for run in opened.runs) else 0
 
 
-def _submit(opened: Sweep, options: Options) -> int:
-    """What waits, as one array of jobs, each run on a node of its own; returns the exit code."""
-    from moetrain.launch.cluster.slurm import refuse_queued, remember, submit_array
-    from moetrain.report.sweep import status_table
-    from moetrain.sweep.state import DONE
-
-    launches = {name: _composed(options, point.overrides).launch for name, point in opened.points.items()}
-    if any((launch.nodes or 1) > 1 for launch in launches.values()):
-        raise ConfigError(["launch.nodes is more than 1, but each run of an array has one node: leave it out"])
-    if opened.config.halving:
-        raise ConfigError(["halving needs the runs beside each other, but launch=slurm queues them: use launch=local"])
-    refuse_queued(opened.directory)
-    _prepare(opened, options)
-    opened.look()
-    opened.write()
-    waiting = [run for run in opened.runs if run.status != DONE]
-    status_table(opened)
-    if not waiting:
-        print(f"next: moetrain report {opened.directory}")
-        return 0
-    own = {run.name: ["launch.kind=local", f"launch.processes={launches[run.point].processes}"] for run in waiting}
-    job = submit_array(
-        [[*command_of(opened, run, options), *own[run.name]] for run in waiting],
-        directory=opened.directory / "launch",
-        slurm=next(iter(launches.values())).slurm,
-        name=opened.directory.name,
-        gpus=max(launch.processes or 1 for launch in launches.values()),
-        at_once=opened.config.jobs if opened.config.jobs > 1 else None,
-    )
-    remember(opened.directory, job)
-    print(f"SLURM job {job}, an array of {len(waiting)}; see moetrain sweep status {opened.directory}")
-    return 0
-
-
 def command_of(opened: Sweep, run: Run, options: Options) -> list[str]:
     """What starts a run, or goes on with it."""
-    own = [f"seed={run.seed}", f'name="{run.name}"', f'run_dir="{opened.run_dir(run)}"']
     place = [] if options.config_dir is None else ["--config-dir", str(options.config_dir)]
-    overrides = opened.points[run.point].overrides
-    return [sys.executable, "-m", "moetrain.cli", "train", *overrides, *own, *place]
+    return [sys.executable, "-m", "moetrain.cli", "train", *_words_of(opened, run), *place]
+
+
+def _words_of(opened: Sweep, run: Run) -> list[str]:
+    own = [f"seed={run.seed}", f'name="{run.name}"', f'run_dir="{opened.run_dir(run)}"']
+    return [*opened.points[run.point].overrides, *own]
 
 
 def read_sweep(options: Options, *, axes: Sequence[Axis] = ()) -> tuple[SweepConfig, list[Axis]]:
@@ -175,7 +160,11 @@ def read_sweep(options: Options, *, axes: Sequence[Axis] = ()) -> tuple[SweepCon
     given: dict[str, Any] = dict(content)
     for word in words:
         key, _, value = word.partition("=")
-        if key in own_names:
+        if key == "seed":
+            # a seed is no setting to be compared, and each point has all of them
+            each = [one.partition("=")[2] for one in values_of(word) or [word]]
+            given["seeds"] = [number(one) for one in each]
+        elif key in own_names:
             given[key] = _own(key, value)
         elif (named := _named_axis(axes, key)) is not None:
             labels = [each.partition("=")[2] for each in values_of(word) or [word]]
@@ -210,7 +199,7 @@ def _own(key: str, value: str) -> Any:
     if key == "within":
         return value.strip("[]").split(",")
     if key in ("jobs", "retries", "halving", "tolerance"):
-        return number(value)
+        return None if value == "null" else number(value)
     return value
 
 
@@ -238,19 +227,29 @@ def _is_file(path: Path | None) -> bool:
     return path is not None and path.is_file()
 
 
-def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> list[Point]:
+def points_of(config: SweepConfig, axes: Sequence[Axis], options: Options) -> tuple[list[Point], LaunchConfig]:
+    """The grid, and how its runs are launched."""
     from moetrain.launch.machine.cores import default_processes
     from moetrain.sweep.grid import make_grid
+    from moetrain.sweep.work.places import launch_of
 
     cluster, efficiency = _cluster(config, options)
-    return make_grid(
+    launches: list[LaunchConfig] = []
+
+    def make(overrides: Sequence[str]) -> RunConfig:
+        run = _made(options, overrides, jobs=config.at_once)
+        launches.append(run.launch)
+        return run
+
+    points = make_grid(
         config,
         axes,
-        make=lambda overrides: _made(options, overrides),
-        default_processes=max(1, default_processes() // config.jobs),
+        make=make,
+        default_processes=max(1, default_processes() // config.at_once),
         cluster=cluster,
         efficiency=efficiency,
     )
+    return points, launch_of(config, launches)
 
 
 def _cluster(config: SweepConfig, options: Options) -> tuple[Cluster | None, float]:
@@ -261,26 +260,32 @@ def _cluster(config: SweepConfig, options: Options) -> tuple[Cluster | None, flo
     return named_cluster(config.cluster, config_dir=options.config_dir)
 
 
-def _made(options: Options, overrides: Sequence[str]) -> RunConfig:
+def _made(options: Options, overrides: Sequence[str], *, jobs: int) -> RunConfig:
     from moetrain.compose import compose
     from moetrain.config.freeze import freeze
+    from moetrain.launch.machine.cores import default_processes
+    from moetrain.launch.nodes.hosts import shared
 
-    return freeze(compose(list(overrides), config_dir=options.config_dir).settings)
+    run = freeze(compose(list(overrides), config_dir=options.config_dir).settings)
+    launch = shared(run.launch, jobs=jobs)
+    if launch.kind == "slurm" and launch.processes is None:
+        launch = replace(launch, processes=default_processes())  # runs at a time share nothing there
+    return replace(run, launch=launch)
 
 
-def _composed(options: Options, overrides: Sequence[str]) -> RunConfig:
+def _composed(options: Options, overrides: Sequence[str], *, jobs: int) -> RunConfig:
     from moetrain.cli.options import settings
 
     each = Options()
     each.overrides, each.config_dir = list(overrides), options.config_dir
-    return settings(each)[0]
+    return settings(each, jobs=jobs)[0]
 
 
 def _prepare(opened: Sweep, options: Options) -> None:
     """Token files, once for all runs that read the same: a fault of the text is told before anything runs."""
     seen = set()
     for point in opened.points.values():
-        run = _composed(options, point.overrides)
+        run = _composed(options, point.overrides, jobs=opened.config.at_once)
         what = (repr(run.data), run.model.vocab_size)
         if what not in seen:
             seen.add(what)
@@ -294,12 +299,23 @@ def _steps(run: RunConfig) -> int:
 
 
 def _status(words: Sequence[str]) -> int:
-    if len(words) != 1 or "=" in words[0]:
-        raise ConfigError(["sweep status takes one directory: moetrain sweep status sweeps/NAME"])
-    from moetrain.report.sweep import status_table
-    from moetrain.sweep.state import Sweep
+    named = [word for word in words if word != "--once"]
+    if wrong := [word for word in named if "=" in word or word.startswith("-")]:
+        raise ConfigError([f"'{wrong[0]}' is not known here: moetrain sweep status [DIR] [--once]"])
+    from moetrain.report.sweep import is_at_work, status_table, watch
+    from moetrain.sweep.state import Sweep, find_sweep
+    from moetrain.sweep.work.array import settle
 
-    there = Sweep.read(Path(words[0]))
-    there.look()
-    status_table(there)
+    directory = find_sweep(named)
+
+    def read() -> Sweep:
+        opened = Sweep.read(directory)
+        settle(opened)
+        return opened
+
+    opened = read()
+    if sys.stdout.isatty() and "--once" not in words and is_at_work(opened):
+        watch(read)
+    else:
+        status_table(opened)
     return 0

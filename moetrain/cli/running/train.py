@@ -81,7 +81,7 @@ def train(words: Sequence[str]) -> int:
         finished = screen.is_finished(run, run_dir)
         if remote is not None and not finished:
             remote.probe()
-        run = _prepare_run(run, run_dir)
+        run = prepare_run(run, run_dir)
         if finished:
             print(f"{run_dir} is finished; here is what it reached. For another run, set name=… or schedule.steps=…\n")
         else:
@@ -199,7 +199,7 @@ def _in_words(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
+def prepare_run(run: RunConfig, run_dir: Path) -> RunConfig:
     """Hold the settings against an earlier start, make the tokens, and write down what is about to run."""
     from moetrain.config.data import with_prepared
     from moetrain.config.freeze import write_run

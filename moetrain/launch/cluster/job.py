@@ -1,8 +1,8 @@
-"""The first process of a SLURM job: ``python -m moetrain.launch.cluster.job [--array FILE] -- COMMAND…``.
+"""The first process of a SLURM job: ``python -m moetrain.launch.cluster.job [--array FILE] [--retries N] -- COMMAND…``.
 
 Runs the command. SLURM sends SIGUSR1 here some minutes before the time limit; it is passed on, and a command that then
 ends with 75 (stopped and saved) puts the job back into the queue, where it goes on from its checkpoint. A stop for any
-other reason (`moetrain cancel`, scancel) does not.
+other reason (`moetrain cancel`, scancel) does not. A command that fails is started again in its place, N times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ def main(words: Sequence[str]) -> int:
     if "--array" in options:
         commands = json.loads(Path(options[options.index("--array") + 1]).read_text(encoding="utf-8"))
         command = commands[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+    retries = int(options[options.index("--retries") + 1]) if "--retries" in options else 0
     code, at_limit = _run(command)
+    while retries and not at_limit and _is_failure(code):
+        print(f"it ended with {code} and is tried again ({retries} left)", flush=True)
+        retries -= 1
+        code, at_limit = _run(command)
     if code != STOPPED or not at_limit or "--no-requeue" in options:
         return code
     job = job_name(os.environ)
@@ -41,6 +46,11 @@ def job_name(environment: dict[str, str] | os._Environ[str]) -> str:
     """What scontrol calls this job; one of an array by its own number."""
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
+
+
+def _is_failure(code: int) -> bool:
+    """Whether a command failed by itself: an error that was told (2), or a signal; not a stop that was asked for."""
+    return code == 2 or code > 128
 
 
 def _run(command: Sequence[str]) -> tuple[int, bool]:

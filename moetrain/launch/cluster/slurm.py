@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,20 +85,24 @@ def submit_array(
     directory: Path,
     slurm: SlurmConfig,
     name: str,
+    nodes: int = 1,
     gpus: int = 0,
     at_once: int | None = None,
+    retries: int = 0,
 ) -> str:
-    """Put many commands into the queue as one job array, each on one node.
+    """Put many commands into the queue as one job array, each in an allocation of its own.
 
     One that ends with 75 after the warning before its time limit goes back into the queue by itself: `moetrain train
-    … launch=local` does.
+    … launch=local` does, and ``run_words``.
 
     Args:
         commands: each the words of a command; they start in the current working directory.
-        directory: gets the script, the commands, and a log for each.
+        directory: gets the script, the commands, and a log for each; of this array alone.
         name: of the job.
-        gpus: of the node, for each command, where ``slurm.gpus_per_node`` is null.
+        nodes: for each command, which starts on the first of them.
+        gpus: of each node, where ``slurm.gpus_per_node`` is null.
         at_once: how many run at a time; None: as many as SLURM lets.
+        retries: how often a command that fails is started again in its place.
 
     Returns:
         Number of the job; its tasks are JOB_0, JOB_1, ….
@@ -110,15 +114,35 @@ def submit_array(
     directory.mkdir(parents=True, exist_ok=True)
     listed = directory / "commands.json"
     listed.write_text(json.dumps([list(words) for words in commands], indent=1), encoding="utf-8")
+    script = directory / "array.sh"
+    script.write_text(
+        array_script(len(commands), directory=directory, slurm=slurm, name=name, nodes=nodes, gpus=gpus,
+                     at_once=at_once, retries=retries),
+        encoding="utf-8",
+    )  # fmt: skip
+    return _sbatch(script)
+
+
+def array_script(
+    commands: int,
+    *,
+    directory: Path,
+    slurm: SlurmConfig,
+    name: str,
+    nodes: int = 1,
+    gpus: int = 0,
+    at_once: int | None = None,
+    retries: int = 0,
+) -> str:
+    """The script of ``submit_array``, for so many commands."""
+    directory = directory.resolve()
     limit = "" if at_once is None else f"%{at_once}"
     options = [
-        f"--array=0-{len(commands) - 1}{limit}",
-        *_options(slurm, name=name, nodes=1, gpus=gpus, output=directory / "array-%A_%a.out"),
+        f"--array=0-{commands - 1}{limit}",
+        *_options(slurm, name=name, nodes=nodes, gpus=gpus, output=directory / "array-%A_%a.out"),
     ]
-    body = [*_job_words(slurm), "--array", str(listed), "--"]
-    script = directory / "array.sh"
-    script.write_text(_script(options, slurm, body), encoding="utf-8")
-    return _sbatch(script)
+    again = ["--retries", str(retries)] if retries else []
+    return _script(options, slurm, [*_job_words(slurm), *again, "--array", str(directory / "commands.json"), "--"])
 
 
 def run_script(run_dir: Path, launch: LaunchConfig, *, module: str | None = None) -> str:
@@ -131,8 +155,13 @@ def run_script(run_dir: Path, launch: LaunchConfig, *, module: str | None = None
         gpus=launch.processes or 1,
         output=run_dir / "log" / "slurm-%j.out",
     )
-    body = [*_job_words(launch.slurm), "--", sys.executable, "-m", _OF_JOB, str(run_dir), *([module] if module else [])]
-    return _script(options, launch.slurm, body)
+    words = run_words(run_dir) if module is None else [*run_words(run_dir), module]
+    return _script(options, launch.slurm, [*_job_words(launch.slurm), "--", *words])
+
+
+def run_words(run_dir: Path) -> list[str]:
+    """The command that trains a run inside its job."""
+    return [sys.executable, "-m", _OF_JOB, str(run_dir.resolve())]
 
 
 def nodes_of_job(launch: LaunchConfig) -> list[str]:
@@ -182,7 +211,8 @@ def remember(run_dir: Path, job: str) -> None:
     """Write down which job is the run's."""
     path = launch_directory(run_dir) / JOB_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    # a job of an array may have started, and writes it too
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps({"job": job}), encoding="utf-8")
     os.replace(partial, path)
 
@@ -190,11 +220,30 @@ def remember(run_dir: Path, job: str) -> None:
 def state_of(job: str) -> str | None:
     """What squeue says of a job (PENDING, RUNNING, …); None: it is not in the queue, or there is no SLURM here."""
     try:
-        done = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], capture_output=True, text=True,
-                              timeout=60)  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
+        return states_of([job]).get(job)
+    except LaunchError:
         return None
-    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def states_of(jobs: Collection[str]) -> dict[str, str]:
+    """What squeue says of those that are in the queue; an element of an array is JOB_TASK, or its own number.
+
+    Raises:
+        LaunchError: squeue does not answer, or is not here.
+    """
+    if not jobs:
+        return {}
+    words = ["squeue", "--noheader", "--array", "--format=%A %i %T", f"--jobs={','.join(sorted(set(jobs)))}"]
+    try:
+        lines = _told(words).splitlines()
+    except LaunchError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return {}  # of a single job that SLURM has forgotten
+    found = {}
+    for own, shown, state in (line.split()[:3] for line in lines if len(line.split()) >= 3):
+        found[own] = found[shown] = state
+    return {job: found[job] for job in jobs if job in found}
 
 
 def cancel(job: str) -> None:

@@ -90,3 +90,33 @@ def with_hosts(launch: LaunchConfig) -> LaunchConfig:
             [f"launch.processes is {processes}, but {few[0].name} has slots={few[0].slots} in {launch.hostfile}"]
         )
     return replace(launch, nodes=len(hosts), processes=processes)
+
+
+def shared(launch: LaunchConfig, *, jobs: int) -> LaunchConfig:
+    """As ``with_hosts``, for each of ``jobs`` runs at a time: it has ``launch.nodes`` hosts, or an equal part of all.
+
+    Raises:
+        ConfigError: as ``with_hosts``; or there are too few hosts for that.
+    """
+    if jobs == 1:
+        return with_hosts(launch)
+    if launch.kind != "hostfile" or bool(launch.hostfile) == bool(launch.hosts):
+        return launch
+    whole = with_hosts(replace(launch, nodes=None))
+    hosts = whole.nodes or 1
+    nodes = max(1, hosts // jobs) if launch.nodes is None else launch.nodes
+    if jobs * nodes > hosts:
+        raise ConfigError(
+            [
+                f"jobs is {jobs}, each on {nodes} {'host' if nodes == 1 else 'hosts'}, but {hosts} are named: use "
+                f"jobs={max(1, hosts // nodes)}, or name more hosts"
+            ]
+        )
+    if launch.master_addr is not None:
+        raise ConfigError(
+            [
+                f"launch.master_addr is {launch.master_addr}, but jobs is {jobs}, and each of so many runs at a time "
+                "has a first host of its own: leave it null, or set jobs=1"
+            ]
+        )
+    return replace(whole, nodes=nodes)

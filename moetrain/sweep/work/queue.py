@@ -1,4 +1,4 @@
-"""The runs of a sweep on this machine, n at a time, each in a process group of its own on cores of its own.
+"""The runs of a sweep, n at a time, each in a process group of its own, on cores or hosts of its own.
 
 a run fails        it waits again, until its retries are used up; the others go on
 we get a signal    once: every run saves and stops, and the same command goes on; twice: they are killed
@@ -8,19 +8,23 @@ we are killed      a run that is at work goes on to its end; the next start find
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from moetrain.config.launch.settings import LaunchConfig
 from moetrain.errors import DataError, LaunchError
 from moetrain.launch.lock import is_running
 from moetrain.launch.machine.cores import visible_gpus
+from moetrain.launch.nodes.hosts import hosts_of
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.state import DONE, FAILED, RUNNING, STOPPED, WAITING, Run, Sweep, read_result
 
@@ -40,6 +44,8 @@ class Slot:
     """Of this machine; empty: not bound."""
     gpus: str | None
     """For CUDA_VISIBLE_DEVICES; None: there are none."""
+    words: tuple[str, ...] = ()
+    """Overrides that a run has here."""
 
 
 @dataclass
@@ -55,7 +61,13 @@ class _Job:
 
 
 def run_queue(
-    sweep: Sweep, *, command: Command, steps: Mapping[str, int], say: Say, poll_seconds: float = _POLL_SECONDS
+    sweep: Sweep,
+    *,
+    command: Command,
+    steps: Mapping[str, int],
+    say: Say,
+    places: Sequence[Slot] | None = None,
+    poll_seconds: float = _POLL_SECONDS,
 ) -> bool:
     """Work off every run that waits. Nothing that was started here is alive afterwards.
 
@@ -64,12 +76,13 @@ def run_queue(
         command: what starts a run, or goes on with it.
         steps: point -> steps of its runs, for the rungs of successive halving.
         say: shows a line to the user.
+        places: one for each run at a time; None: this machine in ``sweep.config.jobs`` parts.
 
     Returns:
         Whether it was stopped on request.
     """
     jobs: list[_Job] = []
-    free = slots(sweep.config.jobs)
+    free = slots(sweep.config.at_once) if places is None else list(places)
     with _StopRequests() as requests:
         try:
             while jobs or (not requests.count and any(run.status == WAITING for run in sweep.runs)):
@@ -120,6 +133,27 @@ def slots(jobs: int, *, cores: Sequence[int] | None = None, environment: Mapping
     ]
 
 
+def host_slots(launch: LaunchConfig, *, jobs: int, directory: Path) -> list[Slot]:
+    """The hosts of ``launch=hostfile`` in ``jobs`` groups of ``launch.nodes`` each.
+
+    Args:
+        launch: as one of the runs has it, ``nodes.hosts.shared``.
+        directory: gets a hostfile for each group.
+    """
+    nodes = launch.nodes or 1
+    hosts = hosts_of(replace(launch, nodes=None))
+    directory.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number in range(jobs):
+        path = directory.resolve() / f"hosts_{number}"
+        group = hosts[number * nodes : (number + 1) * nodes]
+        lines = [host.name + ("" if host.slots is None else f" slots={host.slots}") for host in group]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        words = (f"launch.hostfile={json.dumps(str(path))}", "launch.hosts=null", "launch.nodes=null")
+        found.append(Slot(cores=(), gpus=None, words=words))
+    return found
+
+
 def _next(sweep: Sweep) -> Run | None:
     # those that have failed go last: what is wrong with one may be wrong with the machine for a while
     waiting = sorted((run for run in sweep.runs if run.status == WAITING), key=lambda run: run.attempts)
@@ -138,7 +172,7 @@ def _begin(sweep: Sweep, run: Run, slot: Slot, *, command: Command, say: Say) ->
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     if slot.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
-    words = command(run)
+    words = [*command(run), *slot.words]
     try:
         with log.open("ab") as file, _bound(slot.cores):
             process = subprocess.Popen(
