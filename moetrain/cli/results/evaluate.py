@@ -178,7 +178,7 @@ def _store(run_dir: Path, measured: _Measured) -> Path | None:
         partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        _warn(f"{path} cannot be written ({error.strerror}): moetrain report will not show the experts' tokens")
+        warn(f"{path} cannot be written ({error.strerror}): moetrain report will not show the experts' tokens")
         return None
     return path
 
