@@ -54,7 +54,9 @@ def test_a_sweep_that_is_killed_goes_on_and_has_every_step_once(place):
                           text=True) as first:  # fmt: skip
         # a checkpoint is written while training goes on
         saved = metrics.parent / "checkpoints"
-        _wait_for(lambda: any(saved.glob("step_*/manifest.json")) and len(metrics.read_bytes().splitlines()) >= 8, first)
+        _wait_for(
+            lambda: any(saved.glob("step_*/manifest.json")) and len(metrics.read_bytes().splitlines()) >= 8, first
+        )
         first.send_signal(signal.SIGKILL)
     launcher = int((metrics.parent / "lock").read_text().split()[0])
     os.killpg(launcher, signal.SIGKILL)
