@@ -52,7 +52,11 @@ def test_a_sweep_that_is_killed_goes_on_and_has_every_step_once(place):
     metrics = place / "sweeps/killed/runs/weight_decay-0.1_seed-1/metrics.jsonl"
     with subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True) as first:  # fmt: skip
-        _wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) >= 8, first)
+        # a checkpoint is written while training goes on
+        saved = metrics.parent / "checkpoints"
+        _wait_for(
+            lambda: any(saved.glob("step_*/manifest.json")) and len(metrics.read_bytes().splitlines()) >= 8, first
+        )
         first.send_signal(signal.SIGKILL)
     launcher = int((metrics.parent / "lock").read_text().split()[0])
     os.killpg(launcher, signal.SIGKILL)
