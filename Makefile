@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 .PHONY: help train setup test test-cluster check format lint types bench torture image clean
 
@@ -13,8 +14,8 @@ train: $(VENV)/.installed ## set up if need be, then train (or resume) the tiny 
 
 setup: $(VENV)/.installed-dev ## the virtual environment with everything for development
 
-test: $(VENV)/.installed-dev ## the whole test suite; ARGS="-k name" for a part
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## the whole test suite, JOBS=2 files at once; ARGS="-k name" for a part
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev ## runs on two hosts and a SLURM made for it, as root on Debian; else it skips
 	tests/cluster/packages.sh
