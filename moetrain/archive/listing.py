@@ -140,7 +140,7 @@ def description(directory: Path, manifest: store.Manifest, run: RunConfig) -> It
            f"ZeRO-{run.parallel.zero_stage}; any other can go on from it")  # fmt: skip
     yield f"  run         {run.name}, seed {manifest.seed}"
     yield f"  model       {model.num_layers} blocks, width {model.d_model}, {sparse}, {model.dtype}"
-    yield f"  batch       {batch.global_batch} sequences of {batch.sequence_length or model.context} tokens"
+    yield f"  batch       {batch.global_batch} sequences of {run.sequence_length} tokens"
     yield f"  schedule    {schedule.kind}, lr {run.optim.lr:g}, {length}"
     yield f"  parameters  {format_count(parts['total'])} = {parts_text}"
     yield f"  holds       fp32 weights{' and both Adam moments' if manifest.has_moments else ' alone'}"

@@ -336,6 +336,11 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence: ``batch.sequence_length``, else all of the model's context."""
+        return self.batch.sequence_length or self.model.context
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:

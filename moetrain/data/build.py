@@ -321,12 +321,11 @@ def _fill_in_middle(run: RunConfig, corpus: Corpus) -> FillInMiddle | None:
 
 
 def _steps(run: RunConfig) -> int:
-    length = run.batch.sequence_length or run.model.context
-    return steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * length)
+    return steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * run.sequence_length)
 
 
 def _sequences(run: RunConfig, corpus: Corpus) -> dict[str, Sequences]:
-    length = run.batch.sequence_length or run.model.context
+    length = run.sequence_length
     return {
         name: Sequences(
             part.train.tokens,

@@ -34,7 +34,7 @@ def hold(directory: Path, manifest: Manifest, run: RunConfig, *, run_dir: Path) 
     corpus, step = open_corpus(run, run_dir), manifest.step
     now = certify(
         read_model(directory, run.model, device=best_device()),
-        probe_batches(corpus.held_out().values(), sequence_length=run.batch.sequence_length or run.model.context),
+        probe_batches(corpus.held_out().values(), sequence_length=run.sequence_length),
         packing=corpus.packing(run.data),
         next_batch=saved.next_batch if run.data.stream else make_batches(run, corpus).fingerprint(step),
         next_seed=step_seed(run.seed, step, rank=0),

@@ -45,7 +45,7 @@ def model_card(
     """
     model, moe, count = run.model, run.model.moe, count_parameters(run.model)
     sparse = "dense" if moe is None else f"{moe.num_experts} experts, {moe.top_k} for each token, router {moe.router}"
-    length = run.batch.sequence_length or model.context
+    length = run.sequence_length
     held_out = manifest.held_out_loss
     if held_out is None:
         held_out = held_out_losses(run_dir)[0].get(manifest.step)

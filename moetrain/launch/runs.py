@@ -62,9 +62,7 @@ def status(run_dir: Path) -> Status:
         ConfigError, DataError: its files cannot be read.
     """
     run = read_run(run_dir)
-    steps = steps_in_run(
-        run.schedule, tokens_per_step=run.batch.global_batch * (run.batch.sequence_length or run.model.context)
-    )
+    steps = steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * run.sequence_length)
     path = run_dir / "metrics.jsonl"
     lines = read_metrics(path) if path.is_file() else []
     step = max((line["step"] for line in lines), default=0)

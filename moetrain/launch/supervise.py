@@ -133,7 +133,7 @@ def on_fewer(run: RunConfig, *, processes: int, device_bytes: int | None = None)
             continue
         for layout in _layouts(run, number):
             candidate = _laid_out(run, layout)
-            memory = memory_of(run.model, layout, sequence_length=run.batch.sequence_length or run.model.context)
+            memory = memory_of(run.model, layout, sequence_length=run.sequence_length)
             fits = device_bytes is None or memory.total <= device_bytes
             if fits and _passes(candidate):
                 return candidate

@@ -111,7 +111,7 @@ def _glance(lines: Lines, run: RunConfig) -> Table:
 
 def _loss(lines: Lines, run: RunConfig) -> Chart:
     seconds = dict(zip(map(id, lines), seconds_of(lines), strict=True))
-    per_token = flops_per_token(run.model, sequence_length=run.batch.sequence_length or run.model.context)
+    per_token = flops_per_token(run.model, sequence_length=run.sequence_length)
     series = []
     for name, key, markers in (("training", "loss", False), ("held out", "held_out_loss", True)):
         some = [line for line in lines if key in line]

@@ -137,7 +137,7 @@ def expect(run: RunConfig, *, device: str, device_name: str) -> Expectation:
         device: cuda or cpu.
         device_name: as ``torch.cuda.get_device_name`` has it; any for a CPU.
     """
-    layout, length, clusters = layout_of(run), run.batch.sequence_length or run.model.context, known_clusters()
+    layout, length, clusters = layout_of(run), run.sequence_length, known_clusters()
     name = of_device(clusters, device=device, device_name=device_name)
     seconds = None
     if name is not None:
@@ -169,7 +169,7 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
         source=str(run.run_dir),
         model=run.model,
         layout=layout,
-        sequence_length=run.batch.sequence_length or run.model.context,
+        sequence_length=run.sequence_length,
         overlap=0.0,
         measured=statistics.median(line["tokens_per_second"] for line in steps) / layout.gpus,
         imbalance=statistics.median(skews) if skews else 1.0,

@@ -244,7 +244,7 @@ def _exchanged(run: RunConfig) -> Exchanged | None:
     moe = run.model.moe
     if moe is None or (run.parallel.expert_parallel or 1) == 1:
         return None
-    tokens = (run.batch.micro_batch or 1) * (run.batch.sequence_length or run.model.context)
+    tokens = (run.batch.micro_batch or 1) * run.sequence_length
     return Exchanged(rows=tokens * moe.top_k, width=run.model.d_model, num_experts=moe.num_experts)
 
 

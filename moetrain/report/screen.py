@@ -43,7 +43,7 @@ class Baselines:
 def plan_text(run: RunConfig) -> str:
     """A few lines on what is about to run."""
     count, moe = count_parameters(run.model), run.model.moe
-    length = run.batch.sequence_length or run.model.context
+    length = run.sequence_length
     per_step = run.batch.global_batch * length
     steps = steps_in_run(run.schedule, tokens_per_step=per_step)
     flops = flops_per_token(run.model, sequence_length=length) * per_step * steps
@@ -127,9 +127,7 @@ def config_text(run: RunConfig, *, composed: dict[str, Any], sources: dict[str, 
 
 def is_finished(run: RunConfig, run_dir: Path) -> bool:
     """Whether the run has reached its last step and was evaluated there."""
-    steps = steps_in_run(
-        run.schedule, tokens_per_step=run.batch.global_batch * (run.batch.sequence_length or run.model.context)
-    )
+    steps = steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * run.sequence_length)
     path = run_dir / METRICS
     return path.is_file() and any(line.get("final") and line["step"] >= steps for line in read_metrics(path))
 

@@ -254,7 +254,7 @@ def open_again(run: RunConfig, run_dir: Path) -> Stream:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{directory / ABOUT} is damaged ({error}): remove {directory.parent}") from error
     shape = Shape.of(
-        sequence_length=run.batch.sequence_length or run.model.context,
+        sequence_length=run.sequence_length,
         block_tokens=run.data.stream_block,
         window=run.data.stream_window,
     )

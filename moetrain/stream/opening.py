@@ -127,7 +127,7 @@ def _plan(run: RunConfig, request: Request) -> dict[str, Any]:
         "held_out": request.held_out,
         "vocab_size": request.vocab_size,
         "tokenizer": None if request.tokenizer is None else tokenizer_sha256(Path(request.tokenizer)),
-        "sequence_length": run.batch.sequence_length or run.model.context,
+        "sequence_length": run.sequence_length,
         "stream_block": run.data.stream_block,
         **request.options.covered(),
     }

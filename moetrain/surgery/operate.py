@@ -197,7 +197,7 @@ def _judge(
     results = evaluate_sources(
         gpt,
         texts,
-        sequence_length=run.batch.sequence_length or run.model.context,
+        sequence_length=run.sequence_length,
         micro_batch=run.batch.micro_batch or 1,
         packing=packing or Packing(end_of_text=0),
         max_sequences=SEQUENCES,

@@ -65,7 +65,7 @@ class _Quantity:
             return memory_bytes(run, device=self.cluster.device if self.cluster else "cpu")
         assert self.keep == "time"
         assert self.cluster is not None
-        length = run.batch.sequence_length or run.model.context
+        length = run.sequence_length
         conditions = Conditions(efficiency=self.efficiency)
         seconds = step_time(run.model, layout_of(run), self.cluster, sequence_length=length, conditions=conditions)
         return seconds.total * run_steps(run)
@@ -154,17 +154,17 @@ def solve(run: RunConfig, free: str, *, target: float, quantity: Callable[[RunCo
 
 def run_flops(run: RunConfig) -> float:
     """FLOPs of the whole run."""
-    return float(flops_per_token(run.model, sequence_length=_length(run)) * run_tokens(run))
+    return float(flops_per_token(run.model, sequence_length=run.sequence_length) * run_tokens(run))
 
 
 def run_tokens(run: RunConfig) -> int:
     """Tokens of the whole run."""
-    return run_steps(run) * run.batch.global_batch * _length(run)
+    return run_steps(run) * run.batch.global_batch * run.sequence_length
 
 
 def memory_bytes(run: RunConfig, *, device: str) -> float:
     """Bytes on one device, by the plan."""
-    return memory_of(run.model, layout_of(run), sequence_length=_length(run), device=device).total
+    return memory_of(run.model, layout_of(run), sequence_length=run.sequence_length, device=device).total
 
 
 def layout_of(run: RunConfig) -> Layout:
@@ -241,13 +241,9 @@ def _point(
     )
 
 
-def _length(run: RunConfig) -> int:
-    return run.batch.sequence_length or run.model.context
-
-
 def run_steps(run: RunConfig) -> int:
     """Optimizer steps of the whole run."""
-    return steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * _length(run))
+    return steps_in_run(run.schedule, tokens_per_step=run.batch.global_batch * run.sequence_length)
 
 
 def _told(labels: dict[str, str]) -> str:

@@ -41,7 +41,7 @@ class Sizes:
 
     @staticmethod
     def of(run: RunConfig, *, world_size: int) -> Sizes:
-        length = run.batch.sequence_length or run.model.context
+        length = run.sequence_length
         tokens_per_step = run.batch.global_batch * length
         micro_batch = run.batch.micro_batch or run.batch.global_batch // world_size
         return Sizes(

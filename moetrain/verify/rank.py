@@ -77,7 +77,7 @@ class _Data:
 
     @staticmethod
     def of(run: RunConfig) -> _Data:
-        vocab, length = run.model.vocab_size, run.batch.sequence_length or run.model.context
+        vocab, length = run.model.vocab_size, run.sequence_length
         # the square makes some tokens common: an even load would hide what skew brings to light
         draws = np.random.default_rng(derive_seed(run.seed, "verify")).random(TOKENS) ** 2
         tokens = (draws * vocab).astype(np.uint16)

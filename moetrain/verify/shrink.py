@@ -76,7 +76,7 @@ def shrink(run: RunConfig, *, layouts: Sequence[Layout], steps: int) -> Shrunk:
     model = _model(run.model, layouts=layouts)
     optim, batch = run.optim, run.batch
     length = model.context
-    if (batch.sequence_length or run.model.context) < run.model.context:
+    if run.sequence_length < run.model.context:
         length = max(1, model.context * 3 // 4)  # shorter than the context, as the user's is
     small = replace(
         run,

@@ -224,7 +224,7 @@ def _model(options: Options) -> _Model:
     return _Model(
         model=run.model,
         name=name,
-        sequence_length=run.batch.sequence_length or run.model.context,
+        sequence_length=run.sequence_length,
         global_batch=run.batch.global_batch if "batch.global_batch" in sources else None,
         choices={group: composed.choices[group] for group in ("model", "model/moe") if group in composed.choices},
         settings=settings,

@@ -118,7 +118,7 @@ def _measured(run_dir: Path, wanted: _Evaluate, *, shown: bool) -> _Measured:
     step = max(map(step_of, whole_checkpoints(run_dir / "checkpoints"))) if wanted.step is None else wanted.step
     corpus = _corpus(run, run_dir, data=wanted.data)
     texts = corpus.held_out() if wanted.split == "held_out" else corpus.training()
-    length = run.batch.sequence_length or run.model.context
+    length = run.sequence_length
     micro_batch = wanted.micro_batch or run.batch.micro_batch or 1
     moe, counts = run.model.moe, None
     if moe is not None:
@@ -222,7 +222,7 @@ def _tasks(run_dir: Path, wanted: _Evaluate) -> int:
         gpt,
         load_tokenizer(run_dir / TOKENIZER),
         wanted.tasks,
-        context=run.batch.sequence_length or run.model.context,
+        context=run.sequence_length,
         cache=reason is None,
         include=None if wanted.include is None else Path(wanted.include),
         limit=wanted.limit,

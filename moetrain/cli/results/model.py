@@ -100,7 +100,7 @@ def write(wanted: SampleConfig) -> tuple[RunConfig, Iterator[Written]]:
         stop=tuple(stop.replace("\\n", "\n").replace("\\t", "\t") for stop in wanted.stop),
     )
     # positions past the trained length were never seen
-    context = run.batch.sequence_length or run.model.context
+    context = run.sequence_length
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     pieces = generate(
         gpt, tokenizer, wanted.prompt, sampling=sampling, context=context, cache=reason is None, watch=watch
