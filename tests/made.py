@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 import random
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,16 @@ def _experts(*, layers: int, experts: int) -> dict[str, Any]:
 
 def a_sweep(directory: Path, *, seeds: int = 2, unfinished: int = 0) -> Sweep:
     """Three sizes of 1 to 32 experts, whose losses follow a routed law with a little noise."""
+    shutil.copytree(_made_sweep(seeds, unfinished), directory, dirs_exist_ok=True)
+    return Sweep.read(directory)
+
+
+@functools.cache
+def _made_sweep(seeds: int, unfinished: int) -> Path:
+    """Made once, for it takes seconds."""
+    place = Path(tempfile.mkdtemp(prefix="made_sweep"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    directory = place / "s"
     axes = axes_of({"size": {"s": ["model.d_model=64"], "m": ["model.d_model=128"], "l": ["model.d_model=256"]},
                     "model.moe.num_experts": [1, 2, 4, 8, 16, 32]})  # fmt: skip
     given = {"keep": "active_flops", "within": ["size"], "seeds": list(range(seeds))}
@@ -86,4 +100,4 @@ def a_sweep(directory: Path, *, seeds: int = 2, unfinished: int = 0) -> Sweep:
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (trained, final)))
         run.status = DONE
     sweep.write()
-    return sweep
+    return directory

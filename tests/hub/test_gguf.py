@@ -126,7 +126,7 @@ def test_the_tokenizer_cuts_as_ours_and_begins_a_document(exported, tokenizer):
         assert cpp.post("/tokenize", content=text)["tokens"] == tokenizer.encode(text).ids, text
     assert cpp.post("/tokenize", content="is", add_special=True)["tokens"] == [end, *tokenizer.encode("is").ids]
     messages = [{"role": "user", "content": "Is it?"}]
-    assert "### User:\nIs it?\n\n### Assistant:\n" in cpp.post("/apply-template", messages=messages)["prompt"]
+    assert "### User:\nIs it?\n### Assistant:\n" in cpp.post("/apply-template", messages=messages)["prompt"]
 
 
 @pytest.mark.parametrize(

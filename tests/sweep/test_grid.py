@@ -119,7 +119,9 @@ class TestImpossible:
         with pytest.raises(ConfigError) as caught:
             grid({"model.num_layers": [1, 2, 3], "model.d_modle": [1]})
         (problem,) = caught.value.problems
-        assert problem.startswith("model.num_layers=1, model.d_modle=1 and 2 more points: 'model.d_modle' is not a setting")
+        assert problem.startswith(
+            "model.num_layers=1, model.d_modle=1 and 2 more points: 'model.d_modle' is not a setting"
+        )
 
     def test_a_point_that_cannot_come_near_is_told_with_a_way_out(self):
         with pytest.raises(ConfigError, match=r"active_flops would be .* off with model.num_layers=\d, .* tolerance="):
