@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from moetrain.data.packing import Packing
 from moetrain.metrics.load import LoadMeter
 from moetrain.metrics.speed import Speed, peak_flops
 from moetrain.model.build import build_model, expert_table, initialize_part
+from moetrain.model.gpt import GPT
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel.groups import Groups
 from moetrain.parallel.host import resident_bytes
@@ -59,31 +61,17 @@ def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Cal
     Args:
         frequency: tells how often each token id occurs in the training text, [V]; see ``expert_table``.
     """
-    moe, topology = run.model.moe, groups.topology
+    moe = run.model.moe
     config = deepspeed_config(
         micro_batch=sizes.micro_batch,
         accumulation=sizes.accumulation,
-        world_size=topology.world_size,
+        world_size=groups.topology.world_size,
         zero_stage=run.parallel.zero_stage,
         dtype=run.model.dtype,
         clip=run.optim.clip,
         offload_optimizer=run.parallel.offload_optimizer,
     )
-
-    def made(name: str, part: nn.Module) -> None:
-        initialize_part(name, part, num_layers=run.model.num_layers, init_std=run.model.init_std, seed=run.seed)
-        if run.parallel.zero_stage == 3:
-            cut(part, expert_parallel=topology.expert_parallel, config=config, device=groups.device)
-
-    gpt = build_model(
-        run.model,
-        local_experts=topology.local_experts(moe.num_experts) if moe else None,
-        expert_group=groups.expert,
-        all_to_all=groups.all_to_all,
-        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
-        recompute=run.parallel.recompute,
-        made=made,
-    )
+    gpt = build_gpt(run, groups=groups, config=config, frequency=frequency)
     objective = Objective(gpt, loss_weights=loss_weights(moe) if moe else {})
     optimizer = {
         "lr": run.optim.lr,
@@ -93,6 +81,31 @@ def build_engine(run: RunConfig, *, groups: Groups, sizes: Sizes, frequency: Cal
     }
     return Engine(objective.to(groups.device), groups=groups, config=config, optimizer=optimizer, clip=run.optim.clip,
                   rates=learning_rates(run.optim))  # fmt: skip
+
+
+def build_gpt(run: RunConfig, *, groups: Groups, config: dict[str, Any], frequency: Callable[[], Tensor]) -> GPT:
+    """The model of a run on this rank, with its first values; at ZeRO 3 its shares alone.
+
+    Args:
+        config: as the engine's.
+        frequency: as ``build_engine``.
+    """
+    moe, topology = run.model.moe, groups.topology
+
+    def made(name: str, part: nn.Module) -> None:
+        initialize_part(name, part, num_layers=run.model.num_layers, init_std=run.model.init_std, seed=run.seed)
+        if run.parallel.zero_stage == 3:
+            cut(part, expert_parallel=topology.expert_parallel, config=config, device=groups.device)
+
+    return build_model(
+        run.model,
+        local_experts=topology.local_experts(moe.num_experts) if moe else None,
+        expert_group=groups.expert,
+        all_to_all=groups.all_to_all,
+        expert_V=expert_table(run.model, seed=run.seed, frequency=frequency),
+        recompute=run.parallel.recompute,
+        made=made,
+    )
 
 
 def learning_rates(optim: OptimConfig) -> dict[str, float]:

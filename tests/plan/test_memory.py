@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config.deepspeed import deepspeed_config
-from moetrain.config.schema import ModelConfig, MoEConfig
-from moetrain.model.build import build_model, initialize, initialize_part
+from moetrain.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from moetrain.model.build import build_model, initialize
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
 from moetrain.parallel.topology import Topology
@@ -23,6 +23,7 @@ from moetrain.plan.layout import Layout, offered
 from moetrain.plan.memory.device import PARTS, Memory, memory_of
 from moetrain.train.adopted.stage3 import cut
 from moetrain.train.engine import Engine
+from moetrain.train.setup import build_gpt
 
 ALONE = Layout(gpus=1)
 MODEL = ModelConfig(vocab_size=512, context=128, num_layers=6, d_model=64, num_heads=4, d_ff=160,
@@ -239,21 +240,20 @@ WIDE = ModelConfig(vocab_size=256, context=32, num_layers=8, d_model=256, num_he
 def build(rank: int, in_parts: bool) -> list[float]:
     """The most memory that a rank takes to build its share at ZeRO 3, and what is left of it, in whole models."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    groups = process_groups.make(Topology(world_size=2, rank=rank, expert_parallel=1), device=torch.device("cpu"))
     config = deepspeed_config(micro_batch=1, accumulation=1, clip=1.0, world_size=2, zero_stage=3, dtype="fp32")
+    # at stage 1 it stays whole
+    run = RunConfig(model=WIDE, parallel=ParallelConfig(zero_stage=3 if in_parts else 1))
 
-    def made(name: str, part: torch.nn.Module) -> None:
-        initialize_part(name, part, num_layers=WIDE.num_layers, init_std=0.02, seed=1)
-        cut(part, expert_parallel=1, config=config, device=torch.device("cpu"))
+    def cut_it(part: torch.nn.Module) -> None:
+        cut(part, expert_parallel=1, config=config, device=groups.device)
 
-    made("", torch.nn.Linear(2, 2))  # what DeepSpeed imports and sets up is no part of a model
+    cut_it(torch.nn.Linear(2, 2))  # what DeepSpeed imports and sets up is no part of a model
     with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
         clear.write("5")
     before = resident("VmRSS")
-    if in_parts:
-        gpt = build_model(WIDE, made=made)
-    else:
-        gpt = build_model(WIDE)
-        made("", gpt)
+    gpt = build_gpt(run, groups=groups, config=config, frequency=lambda: torch.ones(WIDE.vocab_size))
+    cut_it(gpt)  # what is cut stays as it is
     whole = 4 * count_parameters(WIDE).total
     return [(resident(field) - before) / whole for field in ("VmHWM", "VmRSS")]
 
