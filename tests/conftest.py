@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -121,6 +124,15 @@ def real_runs(ranks: Ranks, tmp_path: Path, tmp_path_factory: pytest.TempPathFac
         ranks(2, real_checkpoints.save_runs, tmp_path / "being made")
         (tmp_path / "being made").rename(kept)
     return Path(shutil.copytree(kept, tmp_path / "runs"))
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port below those that the system hands out: nobody is given it between this look and its use."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def _rank_main(

@@ -20,7 +20,7 @@ from pathlib import Path
 from moetrain.errors import LaunchError
 from moetrain.launch.fault import find_fault, remove_old_errors
 from moetrain.launch.machine.cores import usable_cores, visible_gpus
-from moetrain.launch.machine.ranks import Order, Place, StopRequests, free_port, run_ranks
+from moetrain.launch.machine.ranks import Order, Place, StopRequests, listen, run_ranks
 
 WORKER = "moetrain.train.worker"
 
@@ -73,9 +73,10 @@ def run_local(
     log_dir = run_dir / "log"
     log_dir.mkdir(parents=True, exist_ok=True)
     remove_old_errors(log_dir)
-    with StopRequests() as requests:
+    listener, port = listen("127.0.0.1")
+    with StopRequests() as requests, listener:
         result = run_ranks(
-            Place(processes=processes, world_size=processes, master_port=free_port()),
+            Place(processes=processes, world_size=processes, master_port=port, listener=listener),
             command or [sys.executable, "-m", WORKER, str(run_dir)],
             environment=machine_environment(processes, on_cpu=on_cpu),
             log_dir=log_dir,

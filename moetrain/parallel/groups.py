@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moetrain.errors import LaunchError
 from moetrain.parallel.collectives import AllToAll, OneLevel, TwoLevel, Watcher
 from moetrain.parallel.host import keep_freed_memory
+from moetrain.parallel.lifeline import MEETING_SOCKET
 from moetrain.parallel.topology import Topology
 
 
@@ -68,8 +69,31 @@ def start(
         backend = "gloo"
         keep_freed_memory()
     timeout = timedelta(seconds=timeout_seconds)
+    # rank 0's must be there first: init_process_group then takes it instead of listening on the port itself
+    store = open_store(timeout=timeout) if MEETING_SOCKET in os.environ else None
     dist.init_process_group(backend, timeout=timeout)
+    del store
     return make(topology, device=device, timeout=timeout, two_level=two_level, watcher=watcher)
+
+
+def open_store(*, timeout: timedelta) -> dist.TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 keeps, unless torchrun does.
+
+    Raises:
+        DistNetworkError, DistStoreError: it cannot be reached in this time, or rank 0 cannot listen.
+    """
+    environment = os.environ
+    keeps = environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    socket = environment.get(MEETING_SOCKET)
+    return dist.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=keeps,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,  # who opens it again in this process gets this one, and not a port in use
+        master_listen_fd=None if socket is None else int(socket),
+    )
 
 
 def _topology(environment: Mapping[str, str], *, expert_parallel: int) -> Topology:

@@ -22,6 +22,10 @@ from moetrain.errors import MoetrainError
 PARENT_PID = "MOETRAIN_PARENT_PID"
 """Environment variable in which a launcher tells its workers its own process id."""
 
+MEETING_SOCKET = "MOETRAIN_MEETING_SOCKET"
+"""Environment variable with the number of the socket on which rank 0 is to keep the store for all ranks: its launcher
+has listened on it from the moment it chose the port, so that no other process could take it meanwhile."""
+
 STOPPED = 75
 """Exit code of a worker that stopped on request, its state saved (EX_TEMPFAIL of sysexits.h: try again later)."""
 

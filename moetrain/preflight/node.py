@@ -94,14 +94,7 @@ class _Rank:
         per_node = int(environment.get("LOCAL_WORLD_SIZE", world_size))
         where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         try:
-            store = dist.TCPStore(
-                environment["MASTER_ADDR"],
-                int(environment["MASTER_PORT"]),
-                is_master=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-                timeout=timedelta(seconds=patience),
-                wait_for_workers=False,
-                multi_tenant=True,  # so that init_process_group, later, finds this store and not a port in use
-            )
+            store = process_groups.open_store(timeout=timedelta(seconds=patience))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise LaunchError(
                 f"rank {rank} on {this_host().name} cannot reach rank 0 at {where} ({str(error).splitlines()[0]}): is "

@@ -6,7 +6,9 @@ missing, which would need a data base. Needs root and the Debian packages slurm-
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -146,11 +148,13 @@ PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def _ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    found = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return found
+    """Below those that the system hands out: nobody is given one of them between this look and the daemons' start."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(10_000, 16_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            found.add(port)
+    return list(found)
 
 
 def _find(name: str) -> str | None:

@@ -132,7 +132,30 @@ def test_every_rank_is_told_its_place_and_its_threads(
         assert env["DS_ACCELERATOR"] == "cpu"
         assert env["MOETRAIN_PARENT_PID"] == str(os.getpid())
     assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"]
-    assert 1024 <= int(told[0]["MASTER_PORT"]) < 65536
+    assert "MOETRAIN_MEETING_SOCKET" in told[0]
+    assert "MOETRAIN_MEETING_SOCKET" not in told[1]
+
+
+def test_the_port_where_the_ranks_meet_is_held_before_rank_0_is_ready(run_dir: Path, workers: Workers) -> None:
+    """Another process that takes it in the seconds in which rank 0 imports torch would end the run (EADDRINUSE)."""
+    body = """
+import errno, socket
+where = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+if rank == 1:
+    try:
+        socket.create_server(where)
+    except OSError as error:
+        (run_dir / "bind").write_text(errno.errorcode[error.errno])
+    socket.create_connection(where, timeout=5).sendall(b"hello")
+    ready()
+else:
+    wait_for(1)
+    server = socket.socket(fileno=int(os.environ["MOETRAIN_MEETING_SOCKET"]))
+    (run_dir / "heard").write_bytes(server.accept()[0].recv(5))
+"""
+    assert run_local(run_dir, processes=2, command=workers(body)) == Outcome(stopped=False)
+    assert (run_dir / "bind").read_text() == "EADDRINUSE"
+    assert (run_dir / "heard").read_bytes() == b"hello"
 
 
 def test_ranks_on_cpu_see_no_gpu_and_the_launcher_may_look_on_meanwhile(

@@ -110,14 +110,11 @@ def test_the_verb_looks_measures_and_leaves_its_report(moetrain_in_process: Call
     assert not (tmp_path / "run" / "run.yaml").exists(), "a preflight is no start of the run"
 
 
-def two_single_ranks(places: list[Path], *, patience: float, world_size: int = 2) -> list[int]:
+def two_single_ranks(places: list[Path], *, port: int, patience: float, world_size: int = 2) -> list[int]:
     """Start a rank in each place, as the only one on its node."""
-    from moetrain.launch.machine.ranks import free_port
-
-    port = str(free_port())
     environment = os.environ | {
         "PYTHONPATH": str(Path(moetrain.__file__).parent.parent), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE":
-        str(world_size), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        str(world_size), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     running = [
         subprocess.Popen([sys.executable, "-c", AS_A_RANK, str(place), str(patience)],
@@ -140,18 +137,18 @@ def no_go(found: Found) -> dict[str, tuple[str, int | None]]:
     return {line.what: (line.found, line.node) for line in lines if line.verdict == "no-go"}
 
 
-def test_a_node_that_does_not_come_is_named_in_seconds(tmp_path):
+def test_a_node_that_does_not_come_is_named_in_seconds(tmp_path, unused_port):
     place = settings_in(tmp_path / "preflight")
-    assert two_single_ranks([place], patience=2.0) == [0]
+    assert two_single_ranks([place], port=unused_port, patience=2.0) == [0]
     found = read_found(place)
     assert found.missing == [1]
     assert found.measured is None
     assert no_go(found)["node"] == ("it did not report", 1)
 
 
-def test_a_node_with_other_settings_is_named_and_nothing_is_measured(tmp_path):
+def test_a_node_with_other_settings_is_named_and_nothing_is_measured(tmp_path, unused_port):
     places = [settings_in(tmp_path / "one"), settings_in(tmp_path / "other", "optim.lr=1e-4")]
-    assert two_single_ranks(places, patience=30.0) == [0, 0]
+    assert two_single_ranks(places, port=unused_port, patience=30.0) == [0, 0]
     found = read_found(places[0])
     assert (found.missing, found.unreachable, found.measured) == ([], [], None)
     faults = no_go(found)

@@ -21,7 +21,7 @@ from types import FrameType
 from moetrain.errors import LaunchError
 from moetrain.launch.fault import Ended
 from moetrain.launch.machine.cores import bind
-from moetrain.parallel.lifeline import HUNG, PARENT_PID, STOPPED
+from moetrain.parallel.lifeline import HUNG, MEETING_SOCKET, PARENT_PID, STOPPED
 
 POLL_SECONDS = 0.1
 # Ctrl-C; kill and most schedulers; SLURM's usual warning before a limit; the terminal was closed.
@@ -49,6 +49,8 @@ class Place:
     world_size: int
     master_addr: str = "127.0.0.1"
     master_port: int
+    listener: socket.socket | None = None
+    """Listens on that port, if rank 0 is on this machine: it gets it, and here it is closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +170,14 @@ class StopRequests:
         self.last = number
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind((address, 0))
-        port: int = listener.getsockname()[1]
-        return port
+def listen(address: str) -> tuple[socket.socket, int]:
+    """A socket for ``Place.listener`` and its port, of the system's choice; with address "" open to other machines.
+
+    A port that is only looked up, and listened on seconds later, some other process may have taken by then.
+    """
+    listener = socket.create_server((address, 0), backlog=socket.SOMAXCONN)
+    port: int = listener.getsockname()[1]
+    return listener, port
 
 
 def _start(
@@ -200,16 +204,28 @@ def _start(
             rank = place.first_rank + local
             log = log_dir / f"rank_{rank:05d}.log"
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(local)}
-            workers.append(_start_one(rank, command, environment=own, log=log, console=console))
+            listener = place.listener if rank == 0 else None
+            workers.append(_start_one(rank, command, environment=own, log=log, console=console, listener=listener))
     except OSError as error:
         raise LaunchError(f"rank {rank} could not be started with {command[0]!r}: {error.strerror}") from error
     finally:
+        if place.listener is not None:
+            # were it open here, the others would wait for an answer from a rank 0 that is dead
+            place.listener.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def _start_one(
-    rank: int, command: list[str], *, environment: dict[str, str], log: Path, console: Path | None
+    rank: int,
+    command: list[str],
+    *,
+    environment: dict[str, str],
+    log: Path,
+    console: Path | None,
+    listener: socket.socket | None,
 ) -> _Worker:
+    handed = () if listener is None else (listener.fileno(),)
+    environment = environment | {MEETING_SOCKET: str(number) for number in handed}
     with log.open("ab") as file, (console or Path(os.devnull)).open("ab") as shown:
         start = file.seek(0, os.SEEK_END)
         ours = None if console is None else shown
@@ -219,6 +235,7 @@ def _start_one(
             stdin=None if rank == 0 and console is None else subprocess.DEVNULL,
             stdout=ours if rank == 0 else file,
             stderr=file,
+            pass_fds=handed,
         )
     return _Worker(rank=rank, process=process, log=log, log_start=start)
 

@@ -19,7 +19,7 @@ from moetrain.errors import LaunchError
 from moetrain.launch.fault import remove_old_errors
 from moetrain.launch.local import machine_environment
 from moetrain.launch.machine.cores import visible_gpus
-from moetrain.launch.machine.ranks import POLL_SECONDS, Order, Place, Result, StopRequests, free_port, run_ranks
+from moetrain.launch.machine.ranks import POLL_SECONDS, Order, Place, Result, StopRequests, listen, run_ranks
 from moetrain.launch.nodes.channel import First, Other
 from moetrain.launch.nodes.spec import (
     CONSOLE,
@@ -95,6 +95,7 @@ class _Node:
         self._run_dir = Path(spec.run_dir)
         self._log_dir = self._run_dir / "log"
         self._looked_at, self._is_off = time.monotonic(), False
+        self._listener: socket.socket | None = None
 
     def run(self) -> NodeEnd:
         """Meet the others, run the ranks, part, and leave word of it."""
@@ -119,7 +120,7 @@ class _Node:
     def _connect(self) -> First | Other:
         spec = self._spec
         if self._node == 0:
-            port = free_port("")
+            self._listener, port = listen("")
             try:
                 return First(spec.master_port, nodes=spec.nodes, token=spec.token, lost_after=spec.lost_after_seconds,
                              port_of_ranks=port)  # fmt: skip
@@ -193,6 +194,7 @@ class _Node:
                 world_size=spec.nodes * spec.processes,
                 master_addr=spec.master_addr,
                 master_port=port,
+                listener=self._listener,
             ),
             [sys.executable, "-m", spec.module, spec.run_dir],
             environment=environment,

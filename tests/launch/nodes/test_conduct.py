@@ -22,7 +22,6 @@ from moetrain.config.launch.settings import LaunchConfig
 from moetrain.errors import ConfigError, DataError, LaunchError
 from moetrain.launch.fault import NodeLost
 from moetrain.launch.local import Outcome
-from moetrain.launch.machine.ranks import free_port
 from moetrain.launch.nodes.conduct import conduct, make_spec
 from moetrain.launch.nodes.spec import SPEC_FILE, Spec, from_word, in_a_word, launch_directory, request
 
@@ -58,13 +57,13 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def spec(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeSpec:
+def spec(run_dir: Path, tmp_path: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch) -> MakeSpec:
     """The spec of a run whose ranks have this body."""
     monkeypatch.chdir(tmp_path)
 
     def make(body: str, *, nodes: int = 2, **settings: object) -> Spec:
         (tmp_path / "ranks_of_test.py").write_text(PRELUDE + body)
-        launch = replace(LaunchConfig(), nodes=nodes, processes=2, master_port=free_port(), lost_after_seconds=3,
+        launch = replace(LaunchConfig(), nodes=nodes, processes=2, master_port=unused_port, lost_after_seconds=3,
                          start_seconds=20)  # fmt: skip
         path = os.pathsep.join([str(Path(moetrain.__file__).parents[1]), str(tmp_path)])
         made = make_spec(run_dir, launch, module="ranks_of_test", hosts=[f"host{n}" for n in range(nodes)],
@@ -296,13 +295,12 @@ def test_a_port_in_use_is_told_with_a_way_out(spec: MakeSpec) -> None:
             run(made)
 
 
-def test_what_does_not_know_the_token_is_not_heard(spec: MakeSpec) -> None:
+def test_what_does_not_know_the_token_is_not_heard(unused_port: int) -> None:
     from moetrain.launch.machine.ranks import Order
     from moetrain.launch.nodes.channel import First, Other
 
-    port = free_port()
-    first = First(port, nodes=2, token="right", lost_after=5, port_of_ranks=1)
-    other = Other(("127.0.0.1", port), node=1, token="wrong", lost_after=5, seconds=1)
+    first = First(unused_port, nodes=2, token="right", lost_after=5, port_of_ranks=1)
+    other = Other(("127.0.0.1", unused_port), node=1, token="wrong", lost_after=5, seconds=1)
     try:
         other.tell(Order.KILL)
         wait_until(lambda: other.lost)
