@@ -114,7 +114,8 @@ def two_single_ranks(places: list[Path], *, port: int, patience: float, world_si
     """Start a rank in each place, as the only one on its node."""
     environment = os.environ | {
         "PYTHONPATH": str(Path(moetrain.__file__).parent.parent), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE":
-        str(world_size), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        str(world_size), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }  # fmt: skip
     running = [
         subprocess.Popen([sys.executable, "-c", AS_A_RANK, str(place), str(patience)],

@@ -225,7 +225,8 @@ def _start_one(
     listener: socket.socket | None,
 ) -> _Worker:
     handed = () if listener is None else (listener.fileno(),)
-    environment = environment | {MEETING_SOCKET: str(number) for number in handed}
+    if listener is not None:
+        environment = environment | {MEETING_SOCKET: str(listener.fileno())}
     with log.open("ab") as file, (console or Path(os.devnull)).open("ab") as shown:
         start = file.seek(0, os.SEEK_END)
         ours = None if console is None else shown
