@@ -95,8 +95,8 @@ def pool(corpus: Path, tokenizer: Path, out: Path, workers: int) -> dict[str, fl
 
 def ours(corpus: Path, tokenizer: Path, out: Path, _: int, *, fast: bool, workers: int) -> dict[str, float]:
     from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
-    from moetrain.prepare.build import Options
     from moetrain.prepare.directory import prepare
+    from moetrain.prepare.reading import Options
 
     size = vocabulary_size(load_tokenizer(tokenizer))
     watch = Watch()

@@ -25,7 +25,7 @@ from typing import Any
 
 from moetrain.checkpoint import store
 from moetrain.errors import CheckpointError
-from moetrain.prepare.text import expand, read_documents
+from moetrain.sources.text import expand, read_documents
 
 STEPS = 60
 LIMIT_SECONDS = 300

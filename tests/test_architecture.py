@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "model": {"moe", "parallel", "config", "errors"},
     "moe": {"parallel", "errors"},
     "prepare": {"data", "sources", "tokenization", "parallel.pool", "errors"},
-    "instruct": {"prepare", "data", "tokenization", "errors"},
+    "instruct": {"prepare", "data", "sources", "tokenization", "errors"},
     "stream": {
         "prepare",
         "sources",

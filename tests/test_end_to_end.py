@@ -18,7 +18,7 @@ import pytest
 from moetrain.config.freeze import read_run
 from moetrain.plan.memory.device import memory_of
 from moetrain.plan.published import layout_of
-from moetrain.prepare.text import expand, read_documents
+from moetrain.sources.text import expand, read_documents
 
 STEPS = 24
 SETTINGS = [
@@ -311,7 +311,7 @@ def test_an_installed_wheel_works_in_any_directory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "site"))
     assert "d_model: 4096" in done.stdout
-    assert (tmp_path / "site/moetrain/prepare/corpora/sotu.jsonl.xz").is_file()
+    assert (tmp_path / "site/moetrain/sources/corpora/sotu.jsonl.xz").is_file()
 
 
 def test_a_mixture_of_text_and_conversations_resumes_on_another_layout(place, tmp_path):

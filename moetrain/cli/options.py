@@ -99,9 +99,9 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
     from moetrain.data.corpus import Prepared, mark_compared, open_prepared, was_touched
     from moetrain.instruct.build import instruction_directory, prepare_instructions
     from moetrain.metrics.console import StageBars
-    from moetrain.prepare.build import Options as Chosen
     from moetrain.prepare.directory import prepare
     from moetrain.prepare.directory import prepared_directory as named
+    from moetrain.prepare.reading import Options as Chosen
 
     chosen = Chosen(**asdict(run.prepare) | {"special_tokens": tuple(run.prepare.special_tokens)})
     parts: dict[str, Prepared] = {}

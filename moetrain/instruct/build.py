@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,11 @@ from moetrain.data.tokenizer import end_of_text, fingerprint, train_tokenizer, v
 from moetrain.errors import DataError
 from moetrain.instruct.template import TEMPLATE, Part, check_template, parts_of
 from moetrain.prepare.baselines import measure
-from moetrain.prepare.build import BASELINE_LIMITS, OUT, Options, check_fits, tokenizer_sha256
+from moetrain.prepare.build import BASELINE_LIMITS, OUT, check_fits, tokenizer_sha256
 from moetrain.prepare.directory import fill
 from moetrain.prepare.encoding import Progress
-from moetrain.prepare.text import check_whole, expand, nothing_to_read, values_of
+from moetrain.prepare.reading import Options
+from moetrain.sources.text import check_whole, expand, nothing_to_read, values_of
 from moetrain.tokenization.formats import read_tokenizer
 
 
@@ -68,7 +70,7 @@ def prepare_instructions(
 
     Args:
         directory: made whole by one rename.
-        text: patterns of .jsonl and .json files, also compressed, see ``prepare.text.expand``.
+        text: patterns of .jsonl and .json files, also compressed, see ``sources.text.expand``.
         template: text for each role (``instruct.template``); None: ours.
         held_out: share of the conversations kept for evaluation; which ones depends on their text alone.
         vocab_size: rows of the model's embedding.
@@ -184,10 +186,10 @@ def _read(files: list[Path], *, template: dict[str, str], stage: str, progress: 
         def tell(position: int, *, before: int = sum(sizes[:number])) -> None:
             progress(stage, before + position, sum(sizes))
 
-        for row, value in enumerate(values_of(path, tell=tell), start=1):
+        for row, value in values_of(path, tell=tell):
             where = f"{path}, row {row:,}"
             if not isinstance(value, dict):
                 raise DataError(f"{where} is not an object: write prompt and response, or messages")
             conversation = _Conversation(parts_of(value, template=template, where=where))
-            check_whole(conversation.text, where=where)
+            check_whole(conversation.text, where=partial(str, where))
             yield conversation

@@ -15,13 +15,16 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from moetrain.errors import DataError
 
 Task = dict[str, Any]
+Tell = Callable[[dict[str, Any]], None]
+Do = Callable[[Task, Tell], dict[str, Any]]
 
 
 class WorkerLost(DataError):
@@ -36,77 +39,134 @@ class Done:
     answer: dict[str, Any]
 
 
-def run_tasks(tasks: Iterator[Task], *, module: str, workers: int) -> Iterator[Done]:
-    """Have tasks done by worker processes; answers come as they are ready, in any order.
+Heard = Callable[[Task, dict[str, Any]], None]
+"""Called with a task and what its worker tells of it before it is done."""
+
+
+def nothing_heard(task: Task, told: dict[str, Any]) -> None:
+    """Nobody asked."""
+
+
+class Here:
+    """Does tasks in this process, one after the other.
 
     Args:
-        tasks: what is to be done; drawn from as workers become free.
+        do: as for ``do_tasks``.
+    """
+
+    def __init__(self, do: Do) -> None:
+        self._do = do
+
+    def run(self, tasks: Iterable[Task], *, heard: Heard = nothing_heard) -> Iterator[Done]:
+        """As ``Pool.run``; errors come as they are."""
+        for task in tasks:
+            yield Done(task=task, answer=self._do(task, partial(heard, task)))
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+
+class Pool:
+    """Worker processes, started with their first tasks and kept for the next ones.
+
+    Args:
         module: what ``python -m`` runs; it calls ``do_tasks``.
         workers: processes; each has one thread.
-
-    Raises:
-        WorkerLost: a worker was killed.
-        DataError: a worker found the data at fault.
-        OSError: a worker could not read or write.
-        RuntimeError: a worker failed otherwise.
     """
-    results: queue.Queue[Done | BaseException | None] = queue.Queue()
-    lock = threading.Lock()
-    processes = [_start(module) for _ in range(workers)]
 
-    def serve(process: subprocess.Popen[str]) -> None:
-        try:
-            while True:
-                with lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
-                results.put(Done(task=task, answer=_ask(process, task)))
-        except BaseException as error:
-            results.put(error)
-        finally:
-            results.put(None)
+    def __init__(self, module: str, *, workers: int) -> None:
+        self._module, self._workers = module, workers
+        self._processes: list[subprocess.Popen[str]] = []
 
-    threads = [threading.Thread(target=serve, args=(process,), daemon=True) for process in processes]
-    try:
-        for thread in threads:
-            thread.start()
+    def run(self, tasks: Iterable[Task], *, heard: Heard = nothing_heard) -> Iterator[Done]:
+        """Have tasks done; answers come as they are ready, in any order.
+
+        Args:
+            tasks: what is to be done; drawn from as workers become free.
+            heard: called, by whoever draws the answers, with what a worker tells meanwhile.
+
+        Raises:
+            WorkerLost: a worker was killed.
+            DataError: a worker found the data at fault.
+            OSError: a worker could not read or write.
+            RuntimeError: a worker failed otherwise.
+        """
+        results: queue.Queue[Done | tuple[Task, dict[str, Any]] | BaseException | None] = queue.Queue()
+        left, lock = iter(tasks), threading.Lock()
+        if not self._processes:
+            self._processes = [_start(self._module) for _ in range(self._workers)]
+
+        def done(process: subprocess.Popen[str], task: Task) -> Done:
+            return Done(task=task, answer=_ask(process, task, told=lambda told: results.put((task, told))))
+
+        def serve(process: subprocess.Popen[str]) -> None:
+            try:
+                while True:
+                    with lock:
+                        task = next(left, None)
+                    if task is None:
+                        return
+                    results.put(done(process, task))
+            except BaseException as error:
+                results.put(error)
+            finally:
+                results.put(None)
+
+        threads = [threading.Thread(target=serve, args=(process,), daemon=True) for process in self._processes]
         open_ends = len(threads)
-        while open_ends:
-            result = results.get()
-            if isinstance(result, BaseException):
-                raise result
-            if result is None:
-                open_ends -= 1
-            else:
-                yield result
-    finally:
-        _stop(processes, threads)
+        try:
+            for thread in threads:
+                thread.start()
+            while open_ends:
+                match results.get():
+                    case None:
+                        open_ends -= 1
+                    case Done() as one:
+                        yield one
+                    case (task, told):
+                        heard(task, told)
+                    case BaseException() as error:
+                        raise error
+        finally:
+            if open_ends:  # some worker is in the middle of a task
+                self.close()
+            for thread in threads:
+                thread.join(timeout=5)
+
+    def close(self) -> None:
+        """End the processes, whatever they do; tasks that come later start new ones."""
+        processes, self._processes = self._processes, []
+        _stop(processes)
 
 
-def do_tasks(do: Callable[[Task], dict[str, Any]]) -> None:
+def do_tasks(do: Do) -> None:
     """Be a worker process: a task from each line of standard input, until it ends, and an answer to each.
 
     Args:
-        do: from a task to its answer; what it raises is raised where ``run_tasks`` is called.
+        do: from a task, and a function that tells of it meanwhile, to its answer; what it raises is raised where the
+            tasks are run.
     """
     # whatever a library prints must not come between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def say(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
     for line in sys.stdin:
         try:
-            answer: dict[str, Any] = {"done": do(json.loads(line))}
+            say(done=do(json.loads(line), lambda told: say(told=told)))
         except DataError as error:
-            answer = {"data_error": str(error)}
+            say(data_error=str(error))
         except OSError as error:
-            answer = {"errno": error.errno or 0, "error": str(error)}
+            say(errno=error.errno or 0, error=str(error))
         except BaseException:
-            answer = {"crash": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+            say(crash=traceback.format_exc())
 
 
 def _start(module: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                                "RAYON_NUM_THREADS": "1"}  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         # an interrupt from the terminal is this process's to handle
@@ -114,31 +174,40 @@ def _start(module: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def _stop(processes: list[subprocess.Popen[str]], threads: list[threading.Thread]) -> None:
+def _stop(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
         process.kill()
         process.wait()
-    for thread in threads:
-        thread.join(timeout=5)
     for process in processes:
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a task that the killed worker did not read
+            # a task that the killed worker did not read; or a thread that still waits for its answer holds the pipe
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
 
-def _ask(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:
+def _ask(process: subprocess.Popen[str], task: Task, *, told: Tell) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         process.stdin.write(json.dumps(task) + "\n")
         process.stdin.flush()
-        line = process.stdout.readline()
     except (BrokenPipeError, ValueError):
-        line = ""
-    if not line:
-        raise WorkerLost(_death(process.wait()))
-    answer: dict[str, Any] = json.loads(line)
+        raise WorkerLost(_death(process.wait())) from None
+    while True:
+        try:
+            line = process.stdout.readline()
+        except ValueError:
+            line = ""
+        if not line:
+            raise WorkerLost(_death(process.wait()))
+        answer: dict[str, Any] = json.loads(line)
+        if "told" not in answer:
+            return _done(answer, task=task)
+        told(answer["told"])
+
+
+def _done(answer: dict[str, Any], *, task: Task) -> dict[str, Any]:
     if "data_error" in answer:
         raise DataError(answer["data_error"])
     if "errno" in answer:

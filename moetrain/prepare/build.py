@@ -8,32 +8,35 @@ up to a limit what the baselines and the tokenizer look at.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from moetrain.data.corpus import FORMAT_VERSION, TOKENIZER, Baselines, Meta, SourceFile, file_sha256, write_meta
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
+from moetrain.parallel.pool import Here, Pool
 from moetrain.prepare.dedup import mark_duplicates
-from moetrain.prepare.encoding import Encoding, Progress, encode_all, write_token_files
-from moetrain.prepare.shards import BASELINE_TEXT, PLAN, SPOOL, kept_of, text_reader
-from moetrain.prepare.text import Input, files_of, is_tokenized, is_visible, nothing_to_read, records_of
-from moetrain.sources.hub import HubDataset, identity
-from moetrain.sources.spool import (
-    Shard,
-    SpoolWriter,
-    cut_between,
-    read_json,
-    rows_of,
-    write_json,
+from moetrain.prepare.encoding import Progress, encode_all, write_token_files
+from moetrain.prepare.reading import (
+    Options,
+    hub_sha256,
+    is_small,
+    pieces_of,
+    shard_bytes,
+    size_of,
+    size_of_part,
+    spool_task,
 )
-from moetrain.sources.spool import texts_of as spooled_texts
+from moetrain.prepare.shards import BASELINE_TEXT, PLAN, SPOOL, Worker, kept_of, text_reader
+from moetrain.sources.hub import HubDataset
+from moetrain.sources.spool import Spool, cut_between, read_json, read_spool, write_json
+from moetrain.sources.text import Input, files_of, is_tokenized, nothing_to_read
 from moetrain.tokenization.formats import read_tokenizer, tokenizer_files
 
 OUT = "out"
@@ -46,28 +49,6 @@ BASELINE_LIMITS = (16 << 20, 1 << 20)  # bytes of the training and of the held-o
 TOKENIZER_LIMIT = 1 << 30  # bytes of text that a tokenizer is trained on: of more, an even sample
 
 _READ = "read.json"
-_TELL_EVERY = 1 << 18  # bytes of text between two words on how far reading is
-
-
-@dataclass(frozen=True)
-class Options:
-    """What of the documents is taken, and how the work is done."""
-
-    workers: int | None = None  # processes that encode; None: one for each core
-    fast_encoder: bool = True  # use tiktoken where it is installed and gives the same ids
-    min_characters: int = 1  # shorter documents are left out
-    max_characters: int | None = None  # longer ones, too
-    duplicates: str = "keep"  # keep, exact or near: of documents alike, all or only the first is taken
-    similarity: float = 0.8  # Jaccard similarity of word 5-grams from which on two documents are near duplicates
-    tokenizer_kind: str = "bpe"  # of a tokenizer trained here: bpe or unigram
-    special_tokens: tuple[str, ...] = ()  # of a tokenizer trained here, after the end-of-text token
-
-    def covered(self) -> dict[str, Any]:
-        """Those that the token files depend on."""
-        values = asdict(self) | {"special_tokens": list(self.special_tokens)}
-        if self.duplicates != "near":
-            values.pop("similarity")
-        return {key: value for key, value in values.items() if key not in ("workers", "fast_encoder")}
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     Args:
         work: a directory of this process's own.
         request: what is wanted.
-        progress: called with the stage (hash, read, tokenizer, encode, baselines, write), how much is done, and of how
+        progress: called with the stage (hash, read, tokenizer, baselines, encode, write), how much is done, and of how
             much; in bytes of the files for hash and read, of text for tokenizer and encode.
         say: called with a line for the user.
 
@@ -102,28 +83,53 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
         _refuse_for_tokens(request)
     if given is not None:
         check_fits(vocabulary_size(given), what=f"the tokenizer {request.tokenizer}", vocab_size=request.vocab_size)
-    sources = tuple(_hash_sources(request.inputs, progress=progress))
+    crew = _crew(request)
+    try:
+        _build(work, request, given=given, crew=crew, progress=progress, say=say)
+    finally:
+        crew.close()
+
+
+def _crew(request: Request) -> Here | Pool:
+    """Who does the work: this process where there is little."""
+    if is_small(request.inputs):
+        return Here(Worker().do)
+    workers = request.options.workers or len(os.sched_getaffinity(0))
+    return Pool("moetrain.prepare.shards", workers=workers)
+
+
+def _build(
+    work: Path,
+    request: Request,
+    *,
+    given: Tokenizer | None,
+    crew: Here | Pool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> None:
+    options = request.options
+    sources = tuple(_hash_sources(work, request.inputs, crew=crew, progress=progress))
     _begin_or_go_on(work, request, sources=sources)
-    shards = _read(work, request, progress=progress)
+    spool = _read(work, request, crew=crew, progress=progress)
     duplicates: dict[str, int] = {}
-    if request.options.duplicates != "keep":
+    if options.duplicates != "keep":
         duplicates = mark_duplicates(
-            work, shards, near=request.options.duplicates == "near", similarity=request.options.similarity,
-            workers=request.options.workers, progress=progress,
-        )  # fmt: skip
-    cut = _cut(work, shards, held_out=request.held_out)
-    tokenizer = _tokenizer(work, shards, request=request, cut=cut, given=given, progress=progress)
-    _baseline_texts(work, shards, cut=cut)
-    encoding = Encoding(cut=cut, workers=request.options.workers, fast=request.options.fast_encoder)
-    measured = encode_all(work, encoding, progress=progress, say=say)
-    _finish(work, tokenizer, measured=measured, sources=sources, left_out=shards[-1].passed_over | duplicates,
-            is_ours=given is None, progress=progress)  # fmt: skip
+            work, spool, near=options.duplicates == "near", similarity=options.similarity, crew=crew, progress=progress
+        )
+    cut = _cut(work, spool, held_out=request.held_out)
+    tokenizer = _tokenizer(work, spool, request=request, cut=cut, given=given, progress=progress)
+    _baseline_texts(work, spool, cut=cut)
+    fast = options.fast_encoder and isinstance(crew, Pool) and not is_tokenized(request.inputs[0])
+    measured = encode_all(work, spool, cut=cut, fast=fast, crew=crew, progress=progress, say=say)
+    _finish(work, tokenizer, shards=len(spool.shards), measured=measured, sources=sources,
+            left_out=spool.passed_over | duplicates, is_ours=given is None, progress=progress)  # fmt: skip
 
 
 def _finish(
     work: Path,
     tokenizer: Tokenizer,
     *,
+    shards: int,
     measured: dict[str, float],
     sources: tuple[SourceFile, ...],
     left_out: dict[str, int],
@@ -133,7 +139,7 @@ def _finish(
     """Put everything of a prepared directory into ``work / OUT``."""
     out = work / OUT
     out.mkdir(exist_ok=True)
-    written = write_token_files(work, out, progress=progress)
+    written = write_token_files(work, out, shards=shards, progress=progress)
     found = written.round_trip
     assert not is_ours or found.same == found.tried, f"a byte-level tokenizer lost text: {found}"
     seen = [(work / name).stat().st_size for name in BASELINE_TEXT]
@@ -173,22 +179,20 @@ def _refuse_for_tokens(request: Request) -> None:
         )
 
 
-def _hash_sources(inputs: list[Input], *, progress: Progress) -> Iterator[SourceFile]:
-    total = sum(path.stat().st_size for source in inputs for path in files_of(source))
-    done = 0
+def _hash_sources(work: Path, inputs: list[Input], *, crew: Here | Pool, progress: Progress) -> Iterator[SourceFile]:
+    paths = [path for source in inputs for path in files_of(source)]
+    sizes = {str(path): path.stat().st_size for path in paths}
+    total, done, found = sum(sizes.values()), 0, {}
+    for result in crew.run({"what": "hash", "directory": str(work), "file": path} for path in sizes):
+        path = result.task["file"]
+        found[path] = result.answer["sha256"]
+        done += sizes[path]
+        progress("hash", done, total)
     for source in inputs:
         if isinstance(source, HubDataset):
             yield SourceFile(name=str(source), size=0, sha256=hub_sha256(source))
         for path in files_of(source):
-            size = path.stat().st_size
-            done += size
-            progress("hash", done, total)
-            yield SourceFile(name=path.name, size=size, sha256=source_sha256(path))
-
-
-def hub_sha256(dataset: HubDataset) -> str:
-    """sha256 of what identifies the content of a dataset."""
-    return hashlib.sha256(f"{dataset} {identity(dataset)}".encode()).hexdigest()
+            yield SourceFile(name=path.name, size=sizes[str(path)], sha256=found[str(path)])
 
 
 def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[SourceFile, ...]) -> None:
@@ -201,6 +205,7 @@ def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[SourceFile, 
         "vocab_size": request.vocab_size,
         "tokenizer": None if request.tokenizer is None else tokenizer_sha256(Path(request.tokenizer)),
         "tokenized": is_tokenized(request.inputs[0]),
+        "shard_bytes": shard_bytes(request.inputs),
         **request.options.covered(),
     }
     if read_json(work / PLAN) != plan:
@@ -212,63 +217,42 @@ def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[SourceFile, 
         write_json(work / PLAN, plan)
 
 
-def _read(work: Path, request: Request, *, progress: Progress) -> list[Shard]:
+def _read(work: Path, request: Request, *, crew: Here | Pool, progress: Progress) -> Spool:
     """Spool what is not spooled."""
-    spool = SpoolWriter.resume(work / SPOOL)
-    if (work / _READ).exists():
-        return spool.shards
-    before = _stamps(request)
-    sizes = [sum(path.stat().st_size for path in files_of(source)) for source in request.inputs]
-    total = None if any(isinstance(source, HubDataset) for source in request.inputs) else sum(sizes)
-    first, skip = spool.position
-    for number in range(first, len(request.inputs)):
-
-        def tell(position: int, *, number: int = number) -> None:
-            read = sum(sizes[:number]) + min(position, sizes[number])
-            progress("read", spool.num_bytes if total is None else read, total)
-
-        _spool_input(spool, request, number=number, skip=skip, tell=tell)
-        skip = 0
-        tell(sizes[number])
-    if _stamps(request) != before:
-        raise DataError("the files of data.text changed while they were read: start again when they are still")
-    spool.flush(source=len(request.inputs), row=0)
-    _refuse_nothing(request.inputs, spool)
+    (work / SPOOL).mkdir(exist_ok=True)
+    if not (work / _READ).exists():
+        before = _stamps(request)
+        _read_pieces(work, request, crew=crew, progress=progress)
+        if _stamps(request) != before:
+            raise DataError("the files of data.text changed while they were read: start again when they are still")
+    spool = read_spool(work / SPOOL)
+    if spool.num_documents == 0:
+        empty = spool.passed_over.get("empty", 0)
+        other = sum(spool.passed_over.values()) - empty
+        raise nothing_to_read(request.inputs, num_empty=empty, num_other=other)
     write_json(work / _READ, {"finished": True})
-    return spool.shards
+    return spool
 
 
-def _spool_input(spool: SpoolWriter, request: Request, *, number: int, skip: int, tell: Callable[[int], None]) -> None:
-    source, options = request.inputs[number], request.options
-    is_text = not is_tokenized(source)
-    position, told = 0, spool.num_bytes
+def _read_pieces(work: Path, request: Request, *, crew: Here | Pool, progress: Progress) -> None:
+    inputs, options = request.inputs, request.options
+    size = shard_bytes(inputs)
+    pieces = pieces_of(inputs, piece_bytes=size)
+    settings = {"text_column": request.text_column, "shard_bytes": size, "min_characters": options.min_characters,
+                "max_characters": options.max_characters}  # fmt: skip
+    is_known = not any(isinstance(source, HubDataset) for source in inputs)
+    total = sum(map(size_of, inputs)) if is_known else None
+    read, done = [0] * len(pieces), 0
 
-    def note(read: int) -> None:
-        nonlocal position
-        position = read
+    def told(number: int, now: int) -> None:
+        nonlocal done
+        done, read[number] = done + max(0, now - read[number]), max(now, read[number])
+        progress("read", done, total)
 
-    for row, document in enumerate(records_of(source, text_column=request.text_column, tell=note), start=1):
-        if row <= skip:
-            continue
-        reason = why_not(document.decode(), options) if is_text else "" if document else "empty"
-        if reason:
-            spool.pass_over(reason)
-        else:
-            spool.add(document, source=number, row=row)
-        if spool.num_bytes - told >= _TELL_EVERY:
-            told = spool.num_bytes
-            tell(position)
-
-
-def why_not(text: str, options: Options) -> str:
-    """Why a document is not taken; empty if it is."""
-    if not is_visible(text):
-        return "empty"
-    if len(text) < options.min_characters:
-        return "min_characters"
-    if options.max_characters is not None and len(text) > options.max_characters:
-        return "max_characters"
-    return ""
+    tasks = (spool_task(work, number, piece, inputs=inputs, **settings) for number, piece in enumerate(pieces))
+    for result in crew.run(tasks, heard=lambda task, values: told(task["piece"], values["read"])):
+        number = result.task["piece"]
+        told(number, sum(size_of_part(part, inputs) for part in pieces[number]))
 
 
 def _stamps(request: Request) -> list[tuple[int, int]]:
@@ -276,19 +260,13 @@ def _stamps(request: Request) -> list[tuple[int, int]]:
     return [(status.st_size, status.st_mtime_ns) for status in statuses]
 
 
-def _refuse_nothing(inputs: list[Input], spool: SpoolWriter) -> None:
-    if spool.shards[-1].documents == 0:
-        empty = spool.passed_over.get("empty", 0)
-        raise nothing_to_read(inputs, num_empty=empty, num_other=sum(spool.passed_over.values()) - empty)
-
-
-def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
+def _cut(work: Path, spool: Spool, *, held_out: float) -> int:
     """Documents with a place below it are held out: ``held_out`` of them, moved just so far that each part gets one."""
     assert 0 < held_out < 1, held_out
     smallest, largest, num_documents = 1 << 64, -1, 0
-    for number in range(len(shards)):
-        part = rows_of(work / SPOOL, shards, number)
-        places = part.rows["place"][kept_of(work, part)]
+    for index in range(len(spool.shards)):
+        places, kept = spool.rows(index)["place"], kept_of(work, spool, index)
+        places = places if kept is None else places[kept]
         if len(places):
             smallest, largest = min(smallest, int(places.min())), max(largest, int(places.max()))
             num_documents += len(places)
@@ -301,18 +279,17 @@ def _cut(work: Path, shards: list[Shard], *, held_out: float) -> int:
     return cut_between(smallest, largest, held_out=held_out)
 
 
-def _documents(work: Path, shards: list[Shard], number: int) -> Iterator[tuple[bytes, int]]:
+def _documents(work: Path, spool: Spool, index: int) -> Iterator[tuple[bytes, int]]:
     """The documents of a shard that are kept, each with its place."""
-    part = rows_of(work / SPOOL, shards, number)
-    kept = kept_of(work, part).tolist()
-    texts = spooled_texts(work / SPOOL, shards[number], part)
-    for document, place, keep in zip(texts, part.rows["place"].tolist(), kept, strict=True):
+    rows, kept = spool.rows(index), kept_of(work, spool, index)
+    marks = itertools.repeat(True, len(rows)) if kept is None else kept.tolist()
+    for document, place, keep in zip(spool.texts(index, rows), rows["place"].tolist(), marks, strict=True):
         if keep:
             yield document, place
 
 
 def _tokenizer(
-    work: Path, shards: list[Shard], *, request: Request, cut: int, given: Tokenizer | None, progress: Progress
+    work: Path, spool: Spool, *, request: Request, cut: int, given: Tokenizer | None, progress: Progress
 ) -> Tokenizer:
     """The given one, or one trained on the training documents."""
     path = work / TOKENIZER
@@ -320,7 +297,7 @@ def _tokenizer(
         return load_tokenizer(path)
     tokenizer = given
     if tokenizer is None:
-        documents = _training_documents(work, shards, cut=cut, progress=progress)
+        documents = _training_documents(work, spool, cut=cut, progress=progress)
         tokenizer = train_tokenizer(
             documents,
             vocab_size=request.vocab_size,
@@ -333,25 +310,25 @@ def _tokenizer(
     return tokenizer
 
 
-def _training_documents(work: Path, shards: list[Shard], *, cut: int, progress: Progress) -> Iterator[str]:
-    one_of = -(-shards[-1].bytes // TOKENIZER_LIMIT)
-    num_bytes = 0
-    for number in range(len(shards)):
-        for document, place in _documents(work, shards, number):
+def _training_documents(work: Path, spool: Spool, *, cut: int, progress: Progress) -> Iterator[str]:
+    total, num_bytes = spool.num_bytes, 0
+    one_of = -(-total // TOKENIZER_LIMIT)
+    for index in range(len(spool.shards)):
+        for document, place in _documents(work, spool, index):
             num_bytes += len(document)
             if place >= cut and place % one_of == 0:
                 yield document.decode()
-        progress("tokenizer", num_bytes, shards[-1].bytes)
+        progress("tokenizer", num_bytes, total)
 
 
-def _baseline_texts(work: Path, shards: list[Shard], *, cut: int) -> None:
+def _baseline_texts(work: Path, spool: Spool, *, cut: int) -> None:
     """Put the beginnings of both parts of the text where the baselines are measured."""
     text_of = text_reader(work)
     texts = (bytearray(), bytearray())
-    for number in range(len(shards)):
+    for index in range(len(spool.shards)):
         if all(len(text) >= limit for text, limit in zip(texts, BASELINE_LIMITS, strict=True)):
             break
-        for document, place in _documents(work, shards, number):
+        for document, place in _documents(work, spool, index):
             part = 1 if place < cut else 0
             texts[part].extend(text_of(document)[: BASELINE_LIMITS[part] - len(texts[part])])
     for name, text in zip(BASELINE_TEXT, texts, strict=True):
@@ -384,15 +361,3 @@ def tokenizer_sha256(path: Path) -> str:
     """
     digests = [file_sha256(file) for file in tokenizer_files(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def source_sha256(path: Path) -> str:
-    """sha256 of a file of ``data.text``.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}): data.text must name files that can be read") from error

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from moetrain.parallel.pool import Task, run_tasks
-from moetrain.prepare.encoding import SMALL
-from moetrain.prepare.shards import DIGESTS, DROPPED, SPOOL, digest_shard
+from moetrain.parallel.pool import Here, Pool
+from moetrain.prepare.shards import DIGESTS, DROPPED
 from moetrain.sources.duplicates import PERMUTATIONS, exact_duplicates, near_duplicates, require_rensa
-from moetrain.sources.spool import Shard, read_json, rows_of, write_json
+from moetrain.sources.spool import Spool, read_json, write_json
 
 _COUNTS = "dropped.json"
 
 
 def mark_duplicates(
     work: Path,
-    shards: list[Shard],
+    spool: Spool,
     *,
     near: bool,
     similarity: float,
-    workers: int | None,
+    crew: Here | Pool,
     progress: Callable[[str, int, int | None], None],
 ) -> dict[str, int]:
     """Write which documents are left out; returns how many, by reason.
 
     Args:
         work: with the whole spool.
-        shards: of it.
+        spool: of it.
         near: whether similar documents are duplicates, too.
         similarity: from which on they are.
-        workers: processes that work out digests; None: one for each core.
+        crew: who works out digests.
         progress: told "duplicates" and shards.
 
     Raises:
@@ -44,13 +42,13 @@ def mark_duplicates(
         return done
     if near:
         require_rensa()
-    parts = [rows_of(work / SPOOL, shards, number).rows for number in range(len(shards))]
+    parts = [spool.rows(index) for index in range(len(spool.shards))]
     dropped = exact_duplicates(
         np.concatenate([part["place"] for part in parts]), np.concatenate([part["bytes"] for part in parts])
     )
     counts = {"exact_duplicates": int(dropped.sum())}
     if near:
-        _digest_all(work, shards, workers=workers, progress=progress)
+        _digest_all(work, spool, crew=crew, progress=progress)
         digests = np.load(work / DIGESTS, mmap_mode="r", allow_pickle=False)
         similar = near_duplicates(digests, dropped=dropped, similarity=similarity)
         counts["near_duplicates"] = int(similar.sum())
@@ -61,33 +59,18 @@ def mark_duplicates(
 
 
 def _digest_all(
-    work: Path, shards: list[Shard], *, workers: int | None, progress: Callable[[str, int, int | None], None]
+    work: Path, spool: Spool, *, crew: Here | Pool, progress: Callable[[str, int, int | None], None]
 ) -> None:
     marks = work / "digested"
     if not (work / DIGESTS).exists() or not marks.is_dir():
-        shape = (shards[-1].documents, PERMUTATIONS)
+        shape = (spool.num_documents, PERMUTATIONS)
         np.lib.format.open_memmap(work / DIGESTS, mode="w+", dtype=np.uint32, shape=shape).flush()
         marks.mkdir(exist_ok=True)
-    pending = [shard.number for shard in shards if not (marks / str(shard.number)).exists()]
-    done = len(shards) - len(pending)
-    progress("duplicates", done, len(shards))
-    for number in _digested(work, shards, pending, workers=workers):
-        (marks / str(number)).touch()
+    total = len(spool.shards)
+    pending = [index for index in range(total) if not (marks / str(index)).exists()]
+    done = total - len(pending)
+    progress("duplicates", done, total)
+    for result in crew.run({"what": "digest", "directory": str(work), "shard": index} for index in pending):
+        (marks / str(result.task["shard"])).touch()
         done += 1
-        progress("duplicates", done, len(shards))
-
-
-def _digested(work: Path, shards: list[Shard], pending: list[int], *, workers: int | None) -> Iterator[int]:
-    if shards[-1].bytes < SMALL:
-        for number in pending:
-            digest_shard(work, shards, number)
-            yield number
-        return
-
-    def tasks() -> Iterator[Task]:
-        for number in pending:
-            yield {"what": "digest", "directory": str(work), "shard": number}
-
-    wanted = workers or len(os.sched_getaffinity(0))
-    for result in run_tasks(tasks(), module="moetrain.prepare.shards", workers=max(1, min(wanted, len(pending)))):
-        yield int(result.task["shard"])
+        progress("duplicates", done, total)

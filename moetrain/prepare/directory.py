@@ -20,17 +20,15 @@ from moetrain.parallel.pool import WorkerLost
 from moetrain.prepare.build import (
     LOCK,
     OUT,
-    Options,
     Request,
     build_token_files,
     check_fits,
-    hub_sha256,
-    source_sha256,
     tokenizer_sha256,
 )
 from moetrain.prepare.encoding import Progress
-from moetrain.prepare.text import Input, files_of, inputs
+from moetrain.prepare.reading import Options, hub_sha256, source_sha256
 from moetrain.sources.hub import HubDataset
+from moetrain.sources.text import Input, files_of, inputs
 
 _HASH_LIMIT = 64 << 20  # bytes; larger sources are told apart by size and time of change, not by content
 

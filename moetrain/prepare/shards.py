@@ -1,4 +1,4 @@
-"""Encoding, one shard at a time: in this process, or as ``python -m moetrain.prepare.shards`` in several.
+"""What is done to a piece or a shard: in this process, or as ``python -m moetrain.prepare.shards`` in several.
 
 encoded/000000.bin       token ids, those of the training documents first, then those held out
 encoded/000000.rows.npy  for each document in the same order, tokens (uint32)
@@ -11,7 +11,7 @@ that started it is killed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from moetrain.data.corpus import TOKENIZER, token_dtype
 from moetrain.data.tokenizer import (
+    TokenIds,
     batch_encoder,
     encode,
     end_of_text,
@@ -28,11 +29,12 @@ from moetrain.data.tokenizer import (
     vocabulary_size,
 )
 from moetrain.errors import DataError
-from moetrain.parallel.pool import do_tasks
+from moetrain.parallel.pool import Task, Tell, do_tasks
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.prepare.reading import source_sha256, spool_piece
 from moetrain.sources.duplicates import digests
-from moetrain.sources.spool import Shard, ShardRows, read_json, read_spool, rows_of, texts_of, write_json
-from moetrain.tokenization.fast import differs, fast_encoder
+from moetrain.sources.spool import Spool, read_json, read_spool, write_json
+from moetrain.tokenization.fast import differs, fast_encoder, unicode_texts, vocabulary_texts
 
 SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.npy"
 PLAN = "plan.json"
@@ -40,6 +42,8 @@ BASELINE_TEXT = ("baseline.train", "baseline.held_out")
 
 _SPOT_CHECK, _SPOT_CHECK_FEW, _FEW = 256, 8, 16 << 20
 # one document of so many, by its place, is encoded both ways and decoded again; the second number for few bytes of text
+
+_SAMPLE_SHARDS, _SAMPLE_BYTES = 32, 1 << 16  # what the faster encoder is tried on: so much of each of so many shards
 
 
 @dataclass(frozen=True)
@@ -59,46 +63,47 @@ class ShardEncoder:
     """Encodes the shards of one directory of work.
 
     Args:
-        directory: where the spool, the tokenizer and what is dropped lie; all of them finished.
+        directory: where the tokenizer and what is dropped lie, both finished.
+        spool: of it, finished.
         cut: documents with a place below it are held out.
         fast: whether to use the faster encoder, where there is one.
     """
 
-    def __init__(self, directory: Path, *, cut: int, fast: bool) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, *, spool: Spool, cut: int, fast: bool) -> None:
+        self._directory, self._spool = directory, spool
         self._cut = np.uint64(cut)
-        self._shards = list(read_spool(directory / SPOOL))
         self._tokenizer = load_tokenizer(directory / TOKENIZER)
         self._fast = fast_encoder(self._tokenizer).encode if fast else None
-        self._one_of = _SPOT_CHECK if self._shards[-1].bytes > _FEW else _SPOT_CHECK_FEW
+        self._one_of = _SPOT_CHECK if spool.num_bytes > _FEW else _SPOT_CHECK_FEW
         self._is_tokenized = is_tokenized(directory)
-        self._end = np.array([end_of_text(self._tokenizer)], dtype=np.uint32)
+        self._end = end_of_text(self._tokenizer)
         self._dtype = token_dtype(vocabulary_size(self._tokenizer))
 
-    def encode(self, number: int) -> Encoded:
+    def encode(self, index: int) -> Encoded:
         """Encode one shard of the spool; its files are written unless the two encoders differ.
 
         Raises:
             OSError: the disk is full, or the like.
         """
-        part = rows_of(self._directory / SPOOL, self._shards, number)
-        kept = kept_of(self._directory, part)
-        texts = texts_of(self._directory / SPOOL, self._shards[number], part)
-        rows = part.rows[kept]
-        records = [text for text, keep in zip(texts, kept, strict=True) if keep]
+        rows = self._spool.rows(index)
+        records = list(self._spool.texts(index, rows))
+        kept = kept_of(self._directory, self._spool, index)
+        if kept is not None:
+            rows, records = rows[kept], [text for text, keep in zip(records, kept.tolist(), strict=True) if keep]
         if self._is_tokenized:
-            return self._take_ids(number, rows=rows, records=records)
+            return self._take_ids(index, rows=rows, records=records)
         documents = [record.decode() for record in records]
-        ids = [one.ids for one in encode(self._fast or batch_encoder(self._tokenizer), documents)]
-        tried = [index for index, place in enumerate(rows["place"].tolist()) if place % self._one_of == 0]
-        if self._fast is not None and differs(self._tokenizer, self._fast, [documents[index] for index in tried]):
+        found = encode(self._fast or batch_encoder(self._tokenizer), documents)
+        tried = np.flatnonzero(rows["place"] % np.uint64(self._one_of) == 0).tolist()
+        if self._fast is not None and differs(self._tokenizer, self._fast, [documents[number] for number in tried]):
             nothing = (0, 0)
             return Encoded(nothing, nothing, nothing, tried=0, same=0, crc=0, same_ids=False)
-        same = sum(self._decode(ids[index]) == documents[index] for index in tried)
+        ends = np.cumsum(found.lengths)
+        same = sum(self._decode(found.ids[ends[n] - found.lengths[n] : ends[n]]) == documents[n] for n in tried)
         sizes = rows["bytes"].astype(np.int64)
-        return self._write(number, places=rows["place"], sizes=sizes, ids=ids, tried=len(tried), same=same)
+        return self._write(index, places=rows["place"], sizes=sizes, found=found, tried=len(tried), same=same)
 
-    def _take_ids(self, number: int, *, rows: npt.NDArray[Any], records: list[bytes]) -> Encoded:
+    def _take_ids(self, index: int, *, rows: npt.NDArray[Any], records: list[bytes]) -> Encoded:
         ids = [np.frombuffer(record, dtype="<u4") for record in records]
         limit = vocabulary_size(self._tokenizer)
         largest = max((int(one.max()) for one in ids), default=0)
@@ -107,31 +112,33 @@ class ShardEncoder:
                 f"data.text holds the token id {largest:,}, but data.tokenizer has ids below {limit:,}: it is not the "
                 "tokenizer that made these token files"
             )
-        ids = [one[:-1] if one[-1] == self._end[0] else one for one in ids]
+        ids = [one[:-1] if one[-1] == self._end else one for one in ids]
         text_of = text_reader(self._directory)
         sizes = np.array([len(text_of(one.tobytes())) for one in ids], dtype=np.int64)
-        return self._write(number, places=rows["place"], sizes=sizes, ids=ids, tried=0, same=0)
+        flat = np.concatenate([np.zeros(0, dtype=np.uint32), *ids])
+        found = TokenIds(flat, np.array([len(one) for one in ids], dtype=np.int64))
+        return self._write(index, places=rows["place"], sizes=sizes, found=found, tried=0, same=0)
 
     def _write(
         self,
-        number: int,
+        index: int,
         *,
         places: npt.NDArray[np.uint64],
         sizes: npt.NDArray[np.int64],
-        ids: list[npt.NDArray[np.uint32]],
+        found: TokenIds,
         tried: int,
         same: int,
     ) -> Encoded:
         held_out = places < self._cut
         train = ~held_out
-        order = [*np.flatnonzero(train).tolist(), *np.flatnonzero(held_out).tolist()]
-        pieces = [piece for index in order for piece in (ids[index], self._end)] or [self._end[:0]]
-        tokens = np.concatenate(pieces).astype(self._dtype)
-        lengths = np.array([len(ids[index]) + 1 for index in order], dtype=np.uint32)
+        ended = np.insert(found.ids.astype(self._dtype), np.cumsum(found.lengths), self._end)
+        is_held_out = np.repeat(held_out, found.lengths + 1)
+        tokens = np.concatenate([ended[~is_held_out], ended[is_held_out]])
+        lengths = np.concatenate([found.lengths[train], found.lengths[held_out]]).astype(np.uint32) + np.uint32(1)
         num_train = int(train.sum())
-        train_tokens, train_bytes = int(lengths[:num_train].sum()), int(sizes[train].sum())
+        train_tokens, train_bytes = len(tokens) - int(is_held_out.sum()), int(sizes[train].sum())
         result = Encoded(
-            documents=(num_train, len(order) - num_train),
+            documents=(num_train, len(lengths) - num_train),
             tokens=(train_tokens, len(tokens) - train_tokens),
             bytes=(train_bytes, int(sizes.sum()) - train_bytes),
             tried=tried,
@@ -139,7 +146,7 @@ class ShardEncoder:
             crc=checksum(tokens, lengths),
             same_ids=True,
         )
-        bin_path, rows_path, about = encoded_files(self._directory, number)
+        bin_path, rows_path, about = encoded_files(self._directory, index)
         tokens.tofile(bin_path)
         np.save(rows_path, lengths, allow_pickle=False)
         write_json(about, asdict(result))
@@ -170,9 +177,9 @@ def text_reader(directory: Path) -> Callable[[bytes], bytes]:
     return decode
 
 
-def encoded_files(directory: Path, number: int) -> tuple[Path, Path, Path]:
+def encoded_files(directory: Path, index: int) -> tuple[Path, Path, Path]:
     """The files of an encoded shard: tokens, lengths, and what ``Encoded`` says."""
-    stem = directory / ENCODED / f"{number:06}"
+    stem = directory / ENCODED / f"{index:06}"
     return stem.with_suffix(".bin"), stem.with_suffix(".rows.npy"), stem.with_suffix(".json")
 
 
@@ -187,43 +194,74 @@ def measure_baselines(directory: Path) -> dict[str, float]:
     return {"xz": xz_bits_per_byte(held_out), "trigram": trigram_bits_per_byte(train, held_out)}
 
 
-def digest_shard(directory: Path, shards: list[Shard], number: int) -> None:
+def digest_shard(directory: Path, spool: Spool, index: int) -> None:
     """Put the MinHash of each document of a shard where it belongs among those of all."""
-    part = rows_of(directory / SPOOL, shards, number)
-    texts = [text.decode() for text in texts_of(directory / SPOOL, shards[number], part)]
+    texts = [text.decode() for text in spool.texts(index, spool.rows(index))]
     found = np.load(directory / DIGESTS, mmap_mode="r+", allow_pickle=False)
-    found[part.first : part.first + len(texts)] = digests(texts)
+    first = spool.firsts[index]
+    found[first : first + len(texts)] = digests(texts)
     found.flush()
 
 
-def kept_of(directory: Path, part: ShardRows) -> npt.NDArray[np.bool_]:
-    """[documents of the shard], False for duplicates."""
+def kept_of(directory: Path, spool: Spool, index: int) -> npt.NDArray[np.bool_] | None:
+    """[documents of the shard], False for duplicates; None where none are looked for."""
     if not (directory / DROPPED).exists():
-        return np.ones(len(part.rows), dtype=np.bool_)
+        return None
     dropped = np.load(directory / DROPPED, mmap_mode="r", allow_pickle=False)
-    return ~np.asarray(dropped[part.first : part.first + len(part.rows)], dtype=np.bool_)
+    first = spool.firsts[index]
+    return ~np.asarray(dropped[first : first + spool.shards[index].documents], dtype=np.bool_)
 
 
-class _Worker:
-    """Does the tasks of one directory of work."""
+def is_proved(directory: Path, spool: Spool) -> bool:
+    """Whether the faster encoder gives the ids of the tokenizer, on all that can be tried once."""
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    fast = fast_encoder(tokenizer).encode
+    assert fast is not None
+    texts = (vocabulary_texts(tokenizer), unicode_texts(), _sample(spool))
+    return not any(differs(tokenizer, fast, some) for some in texts)
+
+
+def _sample(spool: Spool) -> Iterator[str]:
+    """The beginnings of some shards, evenly spread over the corpus."""
+    for index in range(0, len(spool.shards), max(1, len(spool.shards) // _SAMPLE_SHARDS)):
+        size = 0
+        for text in spool.texts(index, spool.rows(index)):
+            if size + len(text) > _SAMPLE_BYTES and size:
+                break
+            size += len(text)
+            yield text.decode()
+
+
+class Worker:
+    """Does the tasks of one directory of work, whose spool does not change once there are others than spooling."""
 
     def __init__(self) -> None:
         self._encoder: ShardEncoder | None = None
-        self._shards: list[Shard] | None = None
+        self._spool: Spool | None = None
 
-    def do(self, task: dict[str, Any]) -> dict[str, Any]:
+    def do(self, task: Task, tell: Tell) -> dict[str, Any]:
+        """Do a task; returns the answer. Raises what the work raises."""
         directory = Path(task["directory"])
-        if task["what"] == "baselines":
-            return measure_baselines(directory)
-        if task["what"] == "digest":
-            if self._shards is None:
-                self._shards = list(read_spool(directory / SPOOL))
-            digest_shard(directory, self._shards, task["shard"])
-            return {}
+        match task["what"]:
+            case "hash":
+                return {"sha256": source_sha256(Path(task["file"]))}
+            case "spool":
+                spool_piece(directory / SPOOL, task, tell=tell)
+                return {}
+            case "baselines":
+                return measure_baselines(directory)
+        if self._spool is None:
+            self._spool = read_spool(directory / SPOOL)
+        match task["what"]:
+            case "digest":
+                digest_shard(directory, self._spool, task["shard"])
+                return {}
+            case "prove":
+                return {"same_ids": is_proved(directory, self._spool)}
         if self._encoder is None:
-            self._encoder = ShardEncoder(directory, cut=task["cut"], fast=task["fast"])
+            self._encoder = ShardEncoder(directory, spool=self._spool, cut=task["cut"], fast=task["fast"])
         return asdict(self._encoder.encode(task["shard"]))
 
 
 if __name__ == "__main__":
-    do_tasks(_Worker().do)
+    do_tasks(Worker().do)

@@ -14,6 +14,7 @@ import json
 import lzma
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,13 +52,33 @@ def read_text(path: Path, *, tell: Tell) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def json_rows(path: Path, *, tell: Tell, may_be_array: bool) -> Iterator[Any]:
-    """Every line of a file of json lines, or every element of an array; blank lines are passed over.
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file of plain json lines: the lines that begin in them."""
+
+    start: int
+    end: int
+
+
+def lines_before(path: Path, span: Span | None) -> int:
+    """Lines of the file before those of a span, for a message that names one."""
+    left, count = 0 if span is None else span.start, 0
+    with open(path, "rb", buffering=_BUFFER) as raw:
+        while left and (block := raw.read(min(left, _BUFFER))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
+
+
+def json_rows(path: Path, *, tell: Tell, may_be_array: bool, span: Span | None = None) -> Iterator[tuple[int, Any]]:
+    """Every line of a file of json lines, or every element of an array, each with its number; blank lines are passed
+    over, and counted.
 
     Args:
         path: the file.
         tell: see ``Tell``.
         may_be_array: whether a file that begins with ``[`` is one array, which is read as a whole.
+        span: read only these lines, and count from the first of them.
 
     Raises:
         DataError: a line is not JSON or longer than ``LONGEST``, or an array larger than ``LARGEST_ARRAY``.
@@ -71,16 +92,18 @@ def json_rows(path: Path, *, tell: Tell, may_be_array: bool) -> Iterator[Any]:
                 f"{path} is an array of more than {LARGEST_ARRAY >> 30} GiB, which would be held in memory: "
                 "write one object a line (.jsonl)"
             )
-        yield from json.loads(data.decode("utf-8-sig"))
+        yield from enumerate(json.loads(data.decode("utf-8-sig")), start=1)
         return
     decode = json.JSONDecoder().decode
-    for number, line in enumerate(_lines(path, tell=tell), start=1):
+    for number, line in enumerate(_lines(path, tell=tell, span=span), start=1):
         if line and not line.isspace():
             try:
-                yield decode(line)
+                row = decode(line)
             except json.JSONDecodeError as error:
                 way = "write one object a line" + (", or one array of objects" if may_be_array else "")
-                raise DataError(f"{path}, line {number:,} is not JSON ({error}): {way}") from error
+                place = lines_before(path, span) + number
+                raise DataError(f"{path}, line {place:,} is not JSON ({error}): {way}") from error
+            yield number, row
 
 
 def csv_rows(path: Path, *, tell: Tell) -> Iterator[dict[str, Any]]:
@@ -129,16 +152,21 @@ def _is_array(path: Path) -> bool:
     return first.lstrip().startswith("[")
 
 
-def _lines(path: Path, *, tell: Tell) -> Iterator[str]:
+def _lines(path: Path, *, tell: Tell, span: Span | None = None) -> Iterator[str]:
     """Lines of UTF-8 text, ended by ``\\n``, ``\\r\\n`` or ``\\r``; nothing else, U+2028 for one, ends a line."""
     with open(path, "rb", buffering=_BUFFER) as raw:
         file = _decompressed(raw, path=path)
-        is_first, number = True, 0
-        while line := file.readline(LONGEST + 1):
+        is_first, number, left = True, 0, sys.maxsize
+        if span is not None:
+            begin = _begin_of_line(raw, span.start)
+            is_first, left = begin == 0, span.end - begin
+        while left > 0 and (line := file.readline(LONGEST + 1)):
             number += 1
+            left -= len(line)
             if len(line) > LONGEST:
+                place = lines_before(path, span) + number
                 raise DataError(
-                    f"{path}, line {number:,} is longer than {LONGEST >> 20} MiB: write one document a line "
+                    f"{path}, line {place:,} is longer than {LONGEST >> 20} MiB: write one document a line "
                     "(is it an array? then call it .json)"
                 )
             if number % _TELL_EVERY == 0:
@@ -151,6 +179,16 @@ def _lines(path: Path, *, tell: Tell) -> Iterator[str]:
             else:
                 yield text
         tell(raw.tell())
+
+
+def _begin_of_line(raw: BinaryIO, position: int) -> int:
+    """Go to the first line that begins there or later; returns where that is."""
+    if position == 0:
+        return 0
+    raw.seek(position - 1)
+    while (block := raw.readline(_BUFFER)) and not block.endswith(b"\n"):
+        pass
+    return raw.tell()
 
 
 def _told(rows: Iterable[dict[str, Any]], *, raw: BinaryIO, tell: Tell) -> Iterator[dict[str, Any]]:

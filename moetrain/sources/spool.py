@@ -1,22 +1,24 @@
 """The spool: documents as they were read, in shards beside the token files, until those are whole.
 
-spool/000000.text       UTF-8, one document after the other
-spool/000000.rows.npy   for each, bytes (uint32) and place (uint64)
-spool/000000.json       what ``Shard`` says; written last, so a shard without it was not finished
+spool/000000-000000.text       UTF-8, one document after the other
+spool/000000-000000.rows.npy   for each, bytes (uint32) and place (uint64)
+spool/000000-000000.json       what ``Shard`` says; written last, so a shard without it was not finished
 
-Text is read once, by one process, and spooled; everything later works on shards, in any number of processes, and goes
-on after a crash where it was. Where a shard ends follows from the text before it alone. Shards grow with the corpus,
-so that a small one has enough of them to share among processes and a large one not too many files.
+What is read is cut into pieces, from its size alone; a piece is read once, by one process, into one shard or several.
+Everything later works on shards, in any number of processes, and goes on after a crash where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +37,73 @@ ROW = np.dtype([("bytes", "<u4"), ("place", "<u8")])
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard. What is counted is counted from the beginning of the corpus to its end."""
+    """A finished shard."""
 
-    number: int
+    piece: int
+    number: int  # in the piece
     documents: int
     bytes: int  # of text
-    source: int  # sources that were read to their end
-    row: int  # documents read of the next source
-    passed_over: dict[str, int]  # documents that are not in the spool, by reason
+    row: int  # documents of the piece read when it ended
+    passed_over: dict[str, int]  # documents of the piece up to there that are not in the spool, by reason
     crc: int  # crc32 of the shard's text
+    is_last: bool  # of its piece
 
     def next_to(self, root: Path) -> tuple[Path, Path, Path]:
         """Its files: text, rows, and this."""
-        stem = root / f"{self.number:06}"
-        return stem.with_suffix(".text"), stem.with_suffix(".rows.npy"), stem.with_suffix(".json")
+        return _files(root, piece=self.piece, number=self.number)
 
 
 @dataclass(frozen=True)
-class ShardRows:
-    """The documents of one shard."""
+class Spool:
+    """All shards, in the order of the text."""
 
-    first: int  # number of its first document in the corpus
-    rows: npt.NDArray[Any]  # [documents] of ROW
+    root: Path
+    shards: list[Shard]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of text."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """How many there are."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """Documents that are not in it, by reason."""
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            if shard.is_last:
+                counts.update(shard.passed_over)
+        return dict(sorted(counts.items()))
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Of each shard, the number of its first document in the corpus."""
+        return list(itertools.accumulate((shard.documents for shard in self.shards), initial=0))[:-1]
+
+    def rows(self, index: int) -> npt.NDArray[Any]:
+        """[documents] of ROW: those of a shard."""
+        rows: npt.NDArray[Any] = np.load(self.shards[index].next_to(self.root)[1], allow_pickle=False)
+        return rows
+
+    def texts(self, index: int, rows: npt.NDArray[Any]) -> Iterator[bytes]:
+        """The documents of a shard.
+
+        Raises:
+            DataError: the file is not what was written.
+        """
+        shard = self.shards[index]
+        path = shard.next_to(self.root)[0]
+        content = path.read_bytes()
+        if zlib.crc32(content) != shard.crc:
+            raise damaged(path)
+        start = 0
+        for end in np.cumsum(rows["bytes"], dtype=np.int64).tolist():
+            yield content[start:end]
+            start = end
 
 
 def place_of(document: bytes) -> int:
@@ -75,100 +122,94 @@ def cut_between(smallest: int, largest: int, *, held_out: float) -> int:
     return min(max(round(held_out * (1 << 64)), smallest + 1), largest)
 
 
-@dataclass
 class SpoolWriter:
-    """Adds to a spool, after the shards that are there."""
+    """Adds to a piece of a spool, after the shards of it that are there; one that was not finished is begun again.
 
-    root: Path
-    shards: list[Shard]
-    passed_over: dict[str, int]
-    _text: list[bytes] = field(default_factory=list)
-    _places: list[int] = field(default_factory=list)
-    _size: int = 0
+    Args:
+        root: of the spool.
+        piece: the piece's number.
+        shard_bytes: about so many bytes are in a shard.
+    """
 
-    @classmethod
-    def resume(cls, root: Path) -> SpoolWriter:
-        """The spool as it lies; a shard that was not finished is begun again."""
-        root.mkdir(exist_ok=True)
-        shards = list(read_spool(root))
-        return cls(root=root, shards=shards, passed_over=dict(shards[-1].passed_over) if shards else {})
-
-    @property
-    def num_bytes(self) -> int:
-        """Of text, spooled so far."""
-        return (self.shards[-1].bytes if self.shards else 0) + self._size
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """Where to go on reading: sources read to their end, documents read of the next."""
-        return (self.shards[-1].source, self.shards[-1].row) if self.shards else (0, 0)
+    def __init__(self, root: Path, *, piece: int, shard_bytes: int) -> None:
+        self._root, self._piece, self._shard_bytes = root, piece, shard_bytes
+        shards = list(_shards_of(root, piece))
+        last = shards[-1] if shards else None
+        self.is_finished = last is not None and last.is_last
+        self.row = last.row if last else 0
+        """Documents of the piece that are read already."""
+        self._passed_over = Counter(last.passed_over if last else {})
+        self._number, self._before = len(shards), sum(shard.bytes for shard in shards)
+        self._documents: list[bytes] = []
+        self._size = 0
 
     def pass_over(self, reason: str) -> None:
         """Count a document that is not spooled."""
-        self.passed_over[reason] = self.passed_over.get(reason, 0) + 1
+        self.row += 1
+        self._passed_over[reason] += 1
 
-    def add(self, document: bytes, *, source: int, row: int) -> None:
-        """Spool a document; (source, row) is where to read on after it."""
-        self._text.append(document)
-        self._places.append(place_of(document))
+    def add(self, document: bytes) -> None:
+        """Spool a document."""
+        self.row += 1
+        self._documents.append(document)
         self._size += len(document)
-        before = self.shards[-1].bytes if self.shards else 0
-        if self._size >= min(LARGEST, max(SMALLEST, before // _GROWTH)):
-            self.flush(source=source, row=row)
+        if self._size >= min(LARGEST, max(self._shard_bytes, self._before // _GROWTH)):
+            self._flush(is_last=False)
 
-    def flush(self, *, source: int, row: int) -> None:
-        """Finish the shard that is being filled."""
-        last = self.shards[-1] if self.shards else None
-        content = b"".join(self._text)
+    def finish(self) -> None:
+        """End the piece."""
+        self._flush(is_last=True)
+        self.is_finished = True
+
+    def _flush(self, *, is_last: bool) -> None:
+        documents, content = self._documents, b"".join(self._documents)
         shard = Shard(
-            number=len(self.shards),
-            documents=(last.documents if last else 0) + len(self._text),
-            bytes=self.num_bytes,
-            source=source,
-            row=row,
-            passed_over=dict(self.passed_over),
+            piece=self._piece,
+            number=self._number,
+            documents=len(documents),
+            bytes=len(content),
+            row=self.row,
+            passed_over=dict(self._passed_over),
             crc=zlib.crc32(content),
+            is_last=is_last,
         )
-        rows = np.zeros(len(self._text), dtype=ROW)
-        rows["bytes"] = [len(document) for document in self._text]
-        rows["place"] = np.array(self._places, dtype=np.uint64)
-        text, rows_path, about = shard.next_to(self.root)
+        rows = np.zeros(len(documents), dtype=ROW)
+        rows["bytes"] = [len(document) for document in documents]
+        rows["place"] = np.array([place_of(document) for document in documents], dtype=np.uint64)
+        text, rows_path, about = shard.next_to(self._root)
         text.write_bytes(content)
         np.save(rows_path, rows, allow_pickle=False)
         write_json(about, asdict(shard))
-        self.shards.append(shard)
-        self._text, self._places, self._size = [], [], 0
+        self._number += 1
+        self._before += self._size
+        self._documents, self._size = [], 0
 
 
-def read_spool(root: Path) -> Iterator[Shard]:
-    """The finished shards, in order."""
-    number = 0
-    while (about := read_json(root / f"{number:06}.json")) is not None:
-        yield Shard(**about)
-        number += 1
+def read_spool(root: Path) -> Spool:
+    """The spool as it lies, up to the first piece that is not finished."""
+    shards: list[Shard] = []
+    for piece in itertools.count():
+        own = list(_shards_of(root, piece))
+        if not own or not own[-1].is_last:
+            return Spool(root, shards)
+        shards += own
+    raise AssertionError
 
 
-def rows_of(root: Path, shards: list[Shard], number: int) -> ShardRows:
-    """The rows of one of the shards."""
-    first = shards[number - 1].documents if number else 0
-    return ShardRows(first=first, rows=np.load(shards[number].next_to(root)[1], allow_pickle=False))
+def _shards_of(root: Path, piece: int) -> Iterator[Shard]:
+    for number in itertools.count():
+        values = read_json(_files(root, piece=piece, number=number)[2])
+        if values is None:
+            return
+        shard = Shard(**values)
+        yield shard
+        if shard.is_last:
+            return
 
 
-def texts_of(root: Path, shard: Shard, part: ShardRows) -> Iterator[bytes]:
-    """The documents of a shard.
-
-    Raises:
-        DataError: the file is not what was written.
-    """
-    path = shard.next_to(root)[0]
-    content = path.read_bytes()
-    if zlib.crc32(content) != shard.crc:
-        raise damaged(path)
-    ends = np.cumsum(part.rows["bytes"], dtype=np.int64).tolist()
-    start = 0
-    for end in ends:
-        yield content[start:end]
-        start = end
+def _files(root: Path, *, piece: int, number: int) -> tuple[Path, Path, Path]:
+    stem = root / f"{piece:06}-{number:06}"
+    return stem.with_suffix(".text"), stem.with_suffix(".rows.npy"), stem.with_suffix(".json")
 
 
 def damaged(path: Path) -> DataError:

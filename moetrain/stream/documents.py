@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moetrain.errors import DataError
-from moetrain.prepare.build import Request, why_not
-from moetrain.prepare.text import Input, files_of, records_of
+from moetrain.prepare.build import Request
+from moetrain.prepare.reading import size_of, why_not
 from moetrain.sources.spool import place_of
+from moetrain.sources.text import Input, records_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def documents_of(request: Request, *, sizes: Sequence[int], source: int = 0, row
         source, row: of the last document that was read.
 
     Raises:
-        DataError: as ``prepare.text.records_of``; or an input is not the one that the stream began with.
+        DataError: as ``sources.text.records_of``; or an input is not the one that the stream began with.
     """
     for number in range(source, len(request.inputs)):
         one, skip = request.inputs[number], row if number == source else 0
@@ -43,11 +44,6 @@ def documents_of(request: Request, *, sizes: Sequence[int], source: int = 0, row
                 reason = why_not(text.decode(), request.options)
                 yield Document(text, place_of(text), reason, source=number, row=count)
         _refuse_changed(one, sizes[number])
-
-
-def size_of(one: Input) -> int:
-    """Bytes of an input as it lies on the disk; 0 for a dataset of the hub."""
-    return sum(path.stat().st_size for path in files_of(one))
 
 
 def _refuse_changed(one: Input, size: int) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moetrain.data.corpus import token_dtype
 from moetrain.data.tokenizer import batch_encoder, encode, end_of_text, load_tokenizer, vocabulary_size
-from moetrain.parallel.pool import Task, do_tasks
+from moetrain.parallel.pool import Task, Tell, do_tasks
 
 
 class Encoder:
@@ -23,13 +23,13 @@ class Encoder:
 
     def __init__(self, path: Path) -> None:
         tokenizer = load_tokenizer(path)
-        self._encode, self._end = batch_encoder(tokenizer), np.array([end_of_text(tokenizer)], dtype=np.uint32)
+        self._encode, self._end = batch_encoder(tokenizer), end_of_text(tokenizer)
         self.dtype = token_dtype(vocabulary_size(tokenizer))
 
     def __call__(self, texts: list[str]) -> npt.NDArray[Any]:
         """Their ids, one after the other."""
-        pieces = [piece for one in encode(self._encode, texts) for piece in (one.ids, self._end)]
-        return np.concatenate([self._end[:0], *pieces]).astype(self.dtype)
+        encoded = encode(self._encode, texts)
+        return np.insert(encoded.ids, np.cumsum(encoded.lengths), self._end).astype(self.dtype)
 
 
 def to_text(tokens: npt.NDArray[Any]) -> str:
@@ -42,17 +42,18 @@ def from_text(text: str, *, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.frombuffer(base64.b64decode(text), dtype=dtype)
 
 
-class _Worker:
+class Worker:
     """Does the tasks of one stream."""
 
     def __init__(self) -> None:
         self._encoder: Encoder | None = None
 
-    def do(self, task: Task) -> dict[str, Any]:
+    def do(self, task: Task, tell: Tell) -> dict[str, Any]:
+        """Do a task; returns the answer."""
         if self._encoder is None:
             self._encoder = Encoder(Path(task["tokenizer"]))
         return {"tokens": to_text(self._encoder(task["texts"]))}
 
 
 if __name__ == "__main__":
-    do_tasks(_Worker().do)
+    do_tasks(Worker().do)

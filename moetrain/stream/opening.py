@@ -34,12 +34,13 @@ from moetrain.data.corpus import (
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
 from moetrain.prepare.baselines import measure
-from moetrain.prepare.build import BASELINE_LIMITS, Options, Request, check_fits, hub_sha256, tokenizer_sha256
-from moetrain.prepare.text import files_of, inputs, is_tokenized, nothing_to_read
+from moetrain.prepare.build import BASELINE_LIMITS, Request, check_fits, tokenizer_sha256
+from moetrain.prepare.reading import Options, hub_sha256, size_of
 from moetrain.sources.hub import HubDataset
 from moetrain.sources.spool import cut_between, read_json, write_json
+from moetrain.sources.text import files_of, inputs, is_tokenized, nothing_to_read
 from moetrain.stream.blocks import ABOUT, Blocks, open_again
-from moetrain.stream.documents import documents_of, size_of
+from moetrain.stream.documents import documents_of
 from moetrain.stream.encode import Encoder
 from moetrain.tokenization.formats import read_tokenizer
 

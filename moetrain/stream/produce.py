@@ -33,12 +33,12 @@ import numpy.typing as npt
 
 from moetrain.config.freeze import read_run
 from moetrain.errors import DataError, MoetrainError
-from moetrain.parallel.pool import Task, WorkerLost, run_tasks
+from moetrain.parallel.pool import Here, Pool, Task, WorkerLost
 from moetrain.prepare.build import Request
-from moetrain.prepare.text import nothing_to_read
+from moetrain.sources.text import nothing_to_read
 from moetrain.stream.blocks import Blocks, End, Fault, Position, open_again
 from moetrain.stream.documents import documents_of
-from moetrain.stream.encode import Encoder, from_text
+from moetrain.stream.encode import Worker, from_text
 from moetrain.stream.opening import request_of
 
 _POLL_SECONDS = 0.03
@@ -180,20 +180,19 @@ def _in_order(
             positions[number] = chunk.position
             yield number, chunk
 
-    if not workers:
-        encoder = Encoder(tokenizer)
-        for number, chunk in drawn():
-            yield positions.pop(number), encoder(chunk.texts)
-        return
     tasks: Iterator[Task] = (
         {"number": number, "tokenizer": str(tokenizer), "texts": chunk.texts} for number, chunk in drawn()
     )
     early: dict[int, npt.NDArray[Any]] = {}
-    for result in run_tasks(tasks, module="moetrain.stream.encode", workers=workers):
-        early[result.task["number"]] = from_text(result.answer["tokens"], dtype=dtype)
-        while taken in early:
-            yield positions.pop(taken), early.pop(taken)
-            taken += 1
+    crew = Pool("moetrain.stream.encode", workers=workers) if workers else Here(Worker().do)
+    try:
+        for result in crew.run(tasks):
+            early[result.task["number"]] = from_text(result.answer["tokens"], dtype=dtype)
+            while taken in early:
+                yield positions.pop(taken), early.pop(taken)
+                taken += 1
+    finally:
+        crew.close()
 
 
 def fault_of(error: BaseException, *, directory: Path) -> Fault:

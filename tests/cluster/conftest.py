@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster import two_hosts, two_node_slurm
-from moetrain.prepare.text import expand, read_documents
+from moetrain.sources.text import expand, read_documents
 
 SETTINGS = [
     "data.text=corpus.jsonl", "data.held_out=0.2", "model.vocab_size=512", "model.context=32", "model.num_layers=2",

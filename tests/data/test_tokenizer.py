@@ -23,7 +23,7 @@ from moetrain.data.tokenizer import (
     vocabulary_size,
 )
 from moetrain.errors import DataError
-from moetrain.prepare.text import expand, read_documents
+from moetrain.sources.text import expand, read_documents
 
 DOCUMENTS = ["the cat sat on the mat", "the   dog   sat on the log"] * 3
 TOKENIZER = train_tokenizer(iter(DOCUMENTS), vocab_size=300)
@@ -93,9 +93,8 @@ def test_a_fault_while_reading_the_documents_comes_through():
 @given(st.lists(st.text(max_size=60)))
 def test_documents_encoded_in_pieces_and_groups_come_back_in_order(documents):
     with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
-        encoded = list(encode(batch_encoder(TOKENIZER), documents))
-    assert [one.text for one in encoded] == documents
-    assert [TOKENIZER.decode(one.ids.tolist()) for one in encoded] == documents
+        encoded = encode(batch_encoder(TOKENIZER), documents)
+    assert [TOKENIZER.decode(ids.tolist()) for ids in encoded.of_each()] == documents
 
 
 @settings(deadline=None)
@@ -103,7 +102,7 @@ def test_documents_encoded_in_pieces_and_groups_come_back_in_order(documents):
 def test_pieces_that_are_cut_at_spaces_give_the_ids_of_the_whole(words):
     document = "".join(word + space for word, space in words)
     with mock.patch.multiple(tokenizer_module, _PIECE=8, _GROUP=20):
-        (encoded,) = encode(batch_encoder(TOKENIZER), [document])
+        encoded = encode(batch_encoder(TOKENIZER), [document])
     assert encoded.ids.tolist() == TOKENIZER.encode(document).ids
 
 
@@ -115,7 +114,7 @@ def test_a_long_document_goes_to_the_library_in_pieces():
         return batch_encoder(TOKENIZER)(texts)
 
     document = "the cat " * 100_000 + "x" * 200_000
-    (encoded,) = encode(record, [document])
+    encoded = encode(record, [document])
     assert TOKENIZER.decode(encoded.ids.tolist()) == document
     assert all(len(text) <= 65_536 for texts in given for text in texts)
 

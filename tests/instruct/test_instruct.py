@@ -19,7 +19,7 @@ from moetrain.errors import DataError
 from moetrain.instruct.build import instruction_directory, prepare_instructions
 from moetrain.instruct.template import TEMPLATE as DEFAULT
 from moetrain.instruct.template import Part, check_template, parts_of
-from moetrain.prepare.build import Options
+from moetrain.prepare.reading import Options
 
 TEMPLATE = {"system": "<s>{content}\n", "user": "<u>{content}\n", "assistant": "<a> {content}!\n"}
 PAIRS = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(40)]

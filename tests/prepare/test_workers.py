@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moetrain.data.corpus import Prepared, open_prepared
-from moetrain.data.tokenizer import load_tokenizer
+from moetrain.data.tokenizer import load_tokenizer, train_tokenizer
 from moetrain.errors import DataError
-from moetrain.parallel.pool import WorkerLost, run_tasks
-from moetrain.prepare import dedup, encoding
-from moetrain.prepare.build import Options
+from moetrain.parallel.pool import Pool, WorkerLost
+from moetrain.prepare import reading
 from moetrain.prepare.directory import prepare
+from moetrain.prepare.reading import Options
 from moetrain.sources import spool
 
 WORDS = ["the", " cat", "sat ", "\n", "é", "\U0001f600", " 1984", "<|endoftext|>", "  ", "ing"]
@@ -60,7 +60,7 @@ def content_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tiny_shards(monkeypatch):
-    monkeypatch.setattr(encoding, "SMALL", 0)
+    monkeypatch.setattr(reading, "SMALL", 0)
     monkeypatch.setattr(spool, "SMALLEST", 2000)
 
 
@@ -69,7 +69,7 @@ def test_the_token_files_are_the_same_for_any_number_of_workers_and_either_encod
     for workers in (1, 2, 3):
         for fast in (False, True):
             run(tmp_path / f"{workers}-{fast}", text, workers=workers, fast_encoder=fast)
-    monkeypatch.setattr(encoding, "SMALL", 1 << 30)
+    monkeypatch.setattr(reading, "SMALL", 1 << 30)
     run(tmp_path / "here", text)
     monkeypatch.setattr(spool, "SMALLEST", 1 << 20)
     run(tmp_path / "one shard", text)
@@ -107,12 +107,12 @@ def test_every_document_comes_once_and_in_order_however_shards_fall(tmp_path_fac
 
 SCRIPT = """
 import sys
-from moetrain.prepare import dedup, encoding
+from moetrain.prepare import reading
 from moetrain.sources import spool
 from moetrain.prepare.directory import prepare
-from moetrain.prepare.build import Options
+from moetrain.prepare.reading import Options
 from pathlib import Path
-encoding.SMALL, spool.SMALLEST = 0, 2000
+reading.SMALL, spool.SMALLEST = 0, 2000
 print("started", flush=True)
 prepare(Path(sys.argv[1]), text=[sys.argv[2]], text_column="text", held_out=0.2, vocab_size=400, tokenizer=None,
         progress=lambda stage, done, total: print(stage, done, total, flush=True), options=Options(workers=2))
@@ -173,38 +173,43 @@ def test_a_process_killed_at_any_moment_is_gone_on_with_and_leaves_no_worker(sta
     assert {path: path.stat().st_mtime_ns for path in done} == done  # what was done was not done again
     again.communicate()
     assert again.returncode == 0
-    monkeypatch.setattr(encoding, "SMALL", 1 << 30)
+    monkeypatch.setattr(reading, "SMALL", 1 << 30)
     run(tmp_path / "unbroken", text)
     assert content_of(tmp_path / "p") == content_of(tmp_path / "unbroken")
     assert not work.exists()
 
 
-@pytest.mark.parametrize("when", ["sample", "shard"])
-def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_once(
-    when, tmp_path, tiny_shards, monkeypatch
-):
-    pytest.importorskip("tiktoken")
-    # "abc" can be joined in two ways, of which tokenizers knows one (tests/tokenization/test_fast.py)
-    from moetrain.data.tokenizer import train_tokenizer
-
+@pytest.mark.parametrize("when", ["sample", "document"])
+def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_once(when, tmp_path, tiny_shards):
+    pytest.importorskip("fastokens")
+    # a word for tokenizers after each line end, for fastokens in the first line alone (tests/tokenization/test_fast.py)
     content = json.loads(train_tokenizer(iter([]), vocab_size=257).to_str())
-    content["model"]["vocab"] |= {"bc": 257, "ab": 258, "abc": 259}
-    content["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
+    content["model"]["vocab"] |= {"ab": 257, "abc": 258}
+    content["model"]["merges"] = [["a", "b"], ["ab", "c"]]
+    split = {"type": "Split", "pattern": {"Regex": "^ab"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, content["pre_tokenizer"] | {"use_regex": False}],
+    }
     given_path = tmp_path / "given.json"
     given_path.write_text(json.dumps(content))
-    documents = [f"{number} abc " + "x" * 100 for number in range(600)]
+    # shards of 20 lines of 100 bytes, 64 of them; of every second one the whole is in the sample
+    documents = [f"{number:04} {'x' * 78} abc" for number in range(64 * 20)]
+    differing = [text.replace(" abc", "\nabc").replace("xx", "x", 1) for text in documents]
+    in_sample = 0 if when == "sample" else 1
+    documents = [
+        other if index // 20 % 2 == in_sample else one
+        for index, (one, other) in enumerate(zip(documents, differing, strict=True))
+    ]
     text = write_rows(tmp_path / "rows.jsonl", documents)
-    if when == "shard":
-        monkeypatch.setattr(encoding, "vocabulary_texts", lambda tokenizer: [])
-        monkeypatch.setattr(encoding, "_sample", lambda work, shards: [])
+    assert {len(line) for line in Path(text).read_bytes().splitlines()} == {99}
     said: list[str] = []
     settings: dict[str, Any] = {
         "text": [text], "text_column": "text", "held_out": 0.2, "vocab_size": 260, "tokenizer": str(given_path),
         "progress": lambda stage, done, total: None, "say": said.append,
     }  # fmt: skip
     prepare(tmp_path / "p", **settings, options=Options(workers=2))
-    assert len(said) == 1
-    assert "not with the faster tiktoken: it gave other ids for" in said[0]
+    assert said == [f"encoding with tokenizers, not with the faster fastokens: it gave other ids for a {when}"]
     prepare(tmp_path / "plain", **settings, options=Options(workers=2, fast_encoder=False))
     assert content_of(tmp_path / "p") == content_of(tmp_path / "plain")
 
@@ -231,16 +236,21 @@ def test_a_killed_worker_is_told_and_the_next_start_goes_on(tmp_path, tiny_shard
 
 
 def test_a_fault_in_a_worker_comes_through_as_what_it_is(tmp_path):
-    (tmp_path / "encoded").mkdir()
-    task = {"what": "baselines", "directory": str(tmp_path)}
-    with pytest.raises(FileNotFoundError):
-        list(run_tasks(iter([task]), module="moetrain.prepare.shards", workers=1))
-    with pytest.raises(RuntimeError, match="KeyError: 'what'"):
-        list(run_tasks(iter([{"directory": "x"}]), module="moetrain.prepare.shards", workers=1))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    task = {"what": "encode", "directory": str(tmp_path), "cut": 1, "fast": False, "shard": 0}
-    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer file"):
-        list(run_tasks(iter([task]), module="moetrain.prepare.shards", workers=1))
+    def run_one(**task: Any) -> None:
+        list(pool.run([{"directory": str(tmp_path), **task}]))
+
+    pool = Pool("moetrain.prepare.shards", workers=1)
+    try:
+        (tmp_path / "spool").mkdir()
+        with pytest.raises(FileNotFoundError):
+            run_one(what="baselines")
+        with pytest.raises(RuntimeError, match="KeyError: 'what'"):
+            run_one()
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer file"):
+            run_one(what="encode", cut=1, fast=False, shard=0)
+    finally:
+        pool.close()
 
 
 def documents_in(prepared: Prepared) -> list[str]:
@@ -256,8 +266,7 @@ def documents_in(prepared: Prepared) -> list[str]:
 def test_duplicates_and_lengths_are_left_out_and_counted(workers, tmp_path, monkeypatch):
     pytest.importorskip("rensa")
     if workers:
-        monkeypatch.setattr(encoding, "SMALL", 0)
-        monkeypatch.setattr(dedup, "SMALL", 0)
+        monkeypatch.setattr(reading, "SMALL", 0)
     monkeypatch.setattr(spool, "SMALLEST", 3000)
     long_ones = [" ".join(f"w{(seed * 7919 + n * n) % 9973}" for n in range(200)) for seed in range(12)]
     similar = [f"{text} and a word more" for text in long_ones[:5]]
@@ -282,7 +291,7 @@ def test_filters_that_leave_nothing_are_named(tmp_path):
         run(tmp_path / "p", text, min_characters=10_000)
 
 
-@pytest.mark.parametrize("name", ["spool/000000.text", "encoded/000000.bin"])
+@pytest.mark.parametrize("name", ["spool/000000-000000.text", "encoded/000000.bin"])
 def test_work_that_was_damaged_meanwhile_is_found(name, tmp_path, tiny_shards):
     text = write_rows(tmp_path / "rows.jsonl", some_documents(300))
 

@@ -10,8 +10,8 @@ import pytest
 
 from moetrain.errors import DataError
 from moetrain.prepare.directory import prepared_directory
-from moetrain.prepare.text import inputs, records_of
 from moetrain.sources.hub import HubDataset, identity, parse
+from moetrain.sources.text import inputs, records_of
 
 CARD = """---
 configs:

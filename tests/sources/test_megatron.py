@@ -11,10 +11,10 @@ import pytest
 
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import DataError
-from moetrain.prepare.build import Options
 from moetrain.prepare.directory import prepare
-from moetrain.prepare.text import inputs
+from moetrain.prepare.reading import Options
 from moetrain.sources.megatron import documents
+from moetrain.sources.text import inputs
 
 DOCUMENTS = [[5, 256, 7], [8], [255, 9, 10, 11], [], [6]]
 KINDS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}

@@ -12,9 +12,9 @@ import pytest
 
 from moetrain.data.tokenizer import END_OF_TEXT, end_of_text, fingerprint, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
-from moetrain.prepare.build import Options
 from moetrain.prepare.directory import prepare
-from moetrain.prepare.text import expand, read_documents
+from moetrain.prepare.reading import Options
+from moetrain.sources.text import expand, read_documents
 from moetrain.tokenization.fast import fast_encoder
 from moetrain.tokenization.formats import TIKTOKEN, read_tokenizer, tokenizer_files
 

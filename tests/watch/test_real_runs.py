@@ -17,7 +17,7 @@ import pytest
 from moetrain.cli.options import Options, settings
 from moetrain.cli.running.train import prepare_run
 from moetrain.launch.local import run_local
-from moetrain.prepare.text import expand, read_documents
+from moetrain.sources.text import expand, read_documents
 from moetrain.watch.incidents import Incident, read_incidents
 
 STEPS = 40

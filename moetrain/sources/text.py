@@ -9,16 +9,19 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moetrain.errors import DataError
 from moetrain.sources import hub, megatron
 from moetrain.sources.files import (
+    Span,
     Tell,
     csv_columns,
     csv_rows,
     json_rows,
+    lines_before,
     parquet_columns,
     parquet_values,
     read_text,
@@ -50,6 +53,11 @@ def inputs(patterns: Sequence[str]) -> list[Input]:
     return found
 
 
+def is_lines(source: Input) -> bool:
+    """Whether it is a file of plain lines, of which a part can be read alone."""
+    return isinstance(source, Path) and source.name.lower().endswith(".jsonl")
+
+
 def is_tokenized(source: Input) -> bool:
     """Whether it holds token ids (Megatron's files), not text."""
     return isinstance(source, Path) and _format(source) == ".idx"
@@ -65,11 +73,7 @@ def records_of(source: Input, *, text_column: str, tell: Tell = told_nothing) ->
     Raises:
         DataError: as ``read_documents``.
     """
-    if isinstance(source, HubDataset):
-        for number, row in enumerate(hub.rows(source), start=1):
-            _require_column(text_column, row, where=f"{source}, row {number:,}")
-            yield _checked(row[text_column], text_column=text_column, path=source, number=number).encode()
-    elif is_tokenized(source):
+    if isinstance(source, Path) and is_tokenized(source):
         for ids in megatron.documents(source):
             yield ids.astype("<u4").tobytes()
         tell(source.stat().st_size)
@@ -185,17 +189,24 @@ def nothing_to_read(files: Sequence[object], *, num_empty: int, num_other: int =
     return DataError(f"data.text holds {what} ({names}): name files with text in them")
 
 
-def texts_of(path: Path, *, text_column: str, tell: Tell = told_nothing) -> Iterator[str]:
-    """Every document of one file, those without a visible character too.
+def texts_of(source: Input, *, text_column: str, tell: Tell = told_nothing, span: Span | None = None) -> Iterator[str]:
+    """Every document of a file of text, or of a dataset of the hub, those without a visible character too.
 
     Args:
-        path: the file.
+        source: the file or the dataset.
         text_column: column of the rows that holds the text.
         tell: see ``sources.files.Tell``.
+        span: read only this part of a file that ``is_lines``.
 
     Raises:
         DataError: as ``read_documents``.
     """
+    if isinstance(source, HubDataset):
+        for number, row in enumerate(hub.rows(source), start=1):
+            _require_column(text_column, row, where=f"{source}, row {number:,}")
+            yield _checked(row[text_column], text_column=text_column, where=partial(_row, source, number, None))
+        return
+    path = source
     known = _format(path)
     if known is None or known == ".idx":
         raise DataError(f"{path} is of an unknown kind: data.text reads files that end in {_suffixes()}")
@@ -205,13 +216,13 @@ def texts_of(path: Path, *, text_column: str, tell: Tell = told_nothing) -> Iter
         elif known == ".parquet":
             _require_column(text_column, parquet_columns(path), where=str(path))
             for number, value in enumerate(parquet_values(path, column=text_column, tell=tell), start=1):
-                yield _checked(value, text_column=text_column, path=path, number=number)
+                yield _checked(value, text_column=text_column, where=partial(_row, path, number, None))
         else:
-            yield from _texts_of_rows(path, text_column=text_column, tell=tell, known=known)
+            yield from _texts_of_rows(path, text_column=text_column, tell=tell, known=known, span=span)
 
 
-def values_of(path: Path, *, tell: Tell = told_nothing) -> Iterator[Any]:
-    """Every line of a .jsonl file, every element of a .json array; whatever they are.
+def values_of(path: Path, *, tell: Tell = told_nothing) -> Iterator[tuple[int, Any]]:
+    """Every line of a .jsonl file, every element of a .json array, with its number; whatever they are.
 
     Raises:
         DataError: the file is missing, of another kind, cut short, or not what its name says.
@@ -242,21 +253,27 @@ def _read_as(known: str, path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read as {known} ({type(error).__name__}: {error})") from error
 
 
-def _texts_of_rows(path: Path, *, text_column: str, tell: Tell, known: str) -> Iterator[str]:
-    rows: Iterator[Any]
+def _texts_of_rows(path: Path, *, text_column: str, tell: Tell, known: str, span: Span | None) -> Iterator[str]:
+    rows: Iterator[tuple[int, Any]]
     if known == ".csv":
         columns = csv_columns(path)
         if columns:
             _require_column(text_column, columns, where=str(path))
-        rows = csv_rows(path, tell=tell)
+        rows = enumerate(csv_rows(path, tell=tell), start=1)
     else:
-        rows = json_rows(path, tell=tell, may_be_array=known == ".json")
-    for number, row in enumerate(rows, start=1):
+        rows = json_rows(path, tell=tell, may_be_array=known == ".json", span=span)
+    for number, row in rows:
+        where = partial(_row, path, number, span)
         if not isinstance(row, dict):
-            raise DataError(f'{path}, row {number:,} is not an object: each must look like {{"{text_column}": ...}}')
+            raise DataError(f'{where()} is not an object: each must look like {{"{text_column}": ...}}')
         if text_column not in row:
-            _require_column(text_column, row, where=f"{path}, row {number:,}")
-        yield _checked(row[text_column], text_column=text_column, path=path, number=number)
+            _require_column(text_column, row, where=where())
+        yield _checked(row[text_column], text_column=text_column, where=where)
+
+
+def _row(source: Input, number: int, span: Span | None) -> str:
+    before = lines_before(source, span) if isinstance(source, Path) else 0
+    return f"{source}, row {before + number:,}"
 
 
 def _plain_text(text: str, *, path: Path) -> str:
@@ -265,20 +282,24 @@ def _plain_text(text: str, *, path: Path) -> str:
     return text
 
 
-def _checked(value: Any, *, text_column: str, path: Input, number: int) -> str:
+def _checked(value: Any, *, text_column: str, where: Callable[[], str]) -> str:
     if isinstance(value, str):
-        check_whole(value, where=f"{path}, row {number:,}")
+        check_whole(value, where=where)
         return value
     if value is None:
         return ""
     raise DataError(
-        f"{path}, row {number:,} holds {type(value).__name__} in column {text_column!r}, but it must be text: "
+        f"{where()} holds {type(value).__name__} in column {text_column!r}, but it must be text: "
         "set data.text_column to the column with the text"
     )
 
 
-def check_whole(text: str, *, where: str) -> None:
+def check_whole(text: str, *, where: Callable[[], str]) -> None:
     """Refuse what JSON can spell and UTF-8 cannot.
+
+    Args:
+        text: a value of JSON.
+        where: the place that the message names.
 
     Raises:
         DataError: it holds half of a surrogate pair.
@@ -287,7 +308,7 @@ def check_whole(text: str, *, where: str) -> None:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where} holds half of a surrogate pair, which is not text: mend or leave out the row"
+            f"{where()} holds half of a surrogate pair, which is not text: mend or leave out the row"
         ) from error
 
 

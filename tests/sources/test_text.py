@@ -20,8 +20,8 @@ import pytest
 
 import moetrain
 from moetrain.errors import DataError
-from moetrain.prepare.text import BUILTIN, expand, read_documents, texts_of
 from moetrain.sources import files
+from moetrain.sources.text import BUILTIN, expand, read_documents, texts_of
 
 # What a reader that guesses types would spoil: dates, numbers, holes; and what a reader of lines would cut in two.
 DOCUMENTS = ["2020-01-01", "1984", "NA", "true", "two\nlines", 'a "quoted", one', "line\u2028separator", "\U0001f600 é"]
@@ -245,7 +245,7 @@ def test_a_line_of_a_gigabyte_takes_no_gigabyte_of_memory(tmp_path):
 import re
 from pathlib import Path
 from moetrain.errors import DataError
-from moetrain.prepare.text import read_documents
+from moetrain.sources.text import read_documents
 try:
     list(read_documents([Path({str(path)!r})], text_column="text"))
 except DataError as error:
@@ -296,7 +296,7 @@ def refuse(*arguments, **_):
     print("network:", arguments)
     raise OSError("no network here")
 socket.getaddrinfo = socket.socket.connect = socket.create_connection = refuse
-from moetrain.prepare.text import expand, read_documents
+from moetrain.sources.text import expand, read_documents
 assert len(list(read_documents(expand(["builtin:sotu"]), text_column="text"))) == 233
 assert "torch" not in sys.modules, "torch was imported"
 from pathlib import Path
@@ -315,7 +315,7 @@ except DataError:
 def test_text_is_never_decoded_with_the_machines_locale(tmp_path):
     script = f"""
 from pathlib import Path
-from moetrain.prepare.text import read_documents
+from moetrain.sources.text import read_documents
 from moetrain.errors import DataError
 for name in ["a.txt", "a.jsonl", "a.csv", "a.csv.gz", "a.txt.gz", "a.jsonl.xz"]:
     try:
