@@ -3,11 +3,11 @@
     python scripts/bench_prepare.py corpus.jsonl tokenizer.json [--repeats 5] [--workers 2]
 
 Contestants, each a process of its own:
-    bare        encode_batch_fast of `tokenizers` on all cores, the documents in memory, the ids dropped
-    pool        Megatron-LM's tools/preprocess_data.py: Pool.imap, a JSON line a task, the parent writes
-    tokenizers  prepare, encoding with `tokenizers`
-    tiktoken    prepare, encoding with tiktoken
-    ... x 1     the same with one worker process
+    bare            encode_batch_fast of `tokenizers` on all cores, the documents in memory, the ids dropped
+    pool            Megatron-LM's tools/preprocess_data.py: Pool.imap, a JSON line a task, the parent writes
+    tokenizers      prepare, encoding with `tokenizers`
+    fastokens       prepare, encoding with fastokens
+    ..., one core   the same, all its processes on one core
 
 Everything that prepare does counts: reading, the document index, digests, baselines, the round trip. Besides the time
 on the clock stands the time on processors, of all processes, which neighbours on the machine disturb less. Medians;
@@ -33,7 +33,9 @@ from typing import Any
 
 import numpy as np
 
-CONTESTANTS = ("bare", "pool", "tokenizers", "tiktoken", "tokenizers x 1", "tiktoken x 1")
+ONE_CORE = ", one core"
+CONTESTANTS = ("bare", "pool", "tokenizers", "fastokens",
+               *(name + ONE_CORE for name in ("bare", "tokenizers", "fastokens")))  # fmt: skip
 
 
 def main() -> None:
@@ -57,11 +59,14 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     """One turn of one contestant."""
-    work = {"bare": bare, "pool": pool}.get(name) or partial(
-        ours, fast=name.startswith("tiktoken"), workers=1 if name.endswith("x 1") else options.workers
-    )
+    workers = options.workers
+    if name.endswith(ONE_CORE):
+        workers = 1
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    plain = name.removesuffix(ONE_CORE)
+    work = {"bare": bare, "pool": pool}.get(plain) or partial(ours, fast=plain == "fastokens")
     with tempfile.TemporaryDirectory(dir=".") as directory:
-        return work(options.corpus, options.tokenizer, Path(directory), options.workers)
+        return work(options.corpus, options.tokenizer, Path(directory), workers)
 
 
 def bare(corpus: Path, tokenizer: Path, out: Path, workers: int) -> dict[str, float]:
@@ -93,7 +98,7 @@ def pool(corpus: Path, tokenizer: Path, out: Path, workers: int) -> dict[str, fl
     return watch.stop(tokens)
 
 
-def ours(corpus: Path, tokenizer: Path, out: Path, _: int, *, fast: bool, workers: int) -> dict[str, float]:
+def ours(corpus: Path, tokenizer: Path, out: Path, workers: int, *, fast: bool) -> dict[str, float]:
     from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
     from moetrain.prepare.directory import prepare
     from moetrain.prepare.reading import Options

@@ -97,9 +97,9 @@ class PrepareConfig:
     """Which documents are taken, and how their tokens are made."""
 
     workers: int | None = None
-    """Processes that encode. null: one for each core. Their number changes nothing in the token files."""
+    """Processes that read and encode. null: one for each core. Their number changes nothing in the token files."""
     fast_encoder: bool = True
-    """Encode with tiktoken where it is installed and gives the same ids on a sample of the text."""
+    """Encode with fastokens where it is installed and gives the ids of tokenizers."""
     min_characters: int = 1
     """Shorter documents are left out."""
     max_characters: int | None = None

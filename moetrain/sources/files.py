@@ -62,12 +62,12 @@ class Span:
 
 def lines_before(path: Path, span: Span | None) -> int:
     """Lines of the file before those of a span, for a message that names one."""
-    left, count = 0 if span is None else span.start, 0
+    left, count, is_begin = 0 if span is None else span.start, 0, True
     with open(path, "rb", buffering=_BUFFER) as raw:
         while left and (block := raw.read(min(left, _BUFFER))):
-            count += block.count(b"\n")
+            count, is_begin = count + block.count(b"\n"), block.endswith(b"\n")
             left -= len(block)
-    return count
+    return count if is_begin else count + 1
 
 
 def json_rows(path: Path, *, tell: Tell, may_be_array: bool, span: Span | None = None) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""The same ids by a faster encoder: fastokens (optional), which reads the same ``tokenizer.json``.
+"""The same ids by a faster encoder: fastokens, where it is installed, which reads the same ``tokenizer.json``.
 
 It finds words and joins them with code of its own, so its ids are held against those of ``tokenizers``: for every entry
 of the vocabulary, the characters of Unicode, a sample of the user's own text, and a spot check in each shard.
@@ -41,7 +41,7 @@ def fast_encoder(tokenizer: Tokenizer) -> Fast:
     try:
         fastokens: Any = importlib.import_module("fastokens")
     except ImportError:
-        return Fast(None, "fastokens is not installed (pip install 'moetrain[fast]')")
+        return Fast(None, "fastokens is not installed (pip install fastokens)")
     content = tokenizer.to_str()
     if json.loads(content)["model"].get("dropout"):
         return Fast(None, "the tokenizer is BPE with dropout, which gives other ids each time")
