@@ -237,6 +237,16 @@ class TestConfig:
 
 
 class TestTrain:
+    def test_a_larger_model_is_told_that_it_would_train_with_the_tiny_one_s_settings(self, moetrain_in_process):
+        told = moetrain_in_process("train", "--dry-run", "model=gpt2_124m", "schedule.steps=900").stdout
+        assert (
+            "note: optim.lr, schedule.warmup_steps as tried out on the tiny model (run.yaml): set what gpt2_124m"
+            in told
+        )
+        mine = ["optim.lr=6e-4", "schedule.steps=900", "schedule.warmup_steps=90"]
+        assert "note" not in moetrain_in_process("train", "--dry-run", "model=gpt2_124m", *mine).stdout
+        assert "note" not in moetrain_in_process("train", "--dry-run", "model/moe=none").stdout
+
     def test_a_dry_run_says_what_would_run_and_writes_nothing(self, moetrain_in_process, place):
         done = moetrain_in_process("train", "--dry-run", "launch.processes=4", "schedule.steps=600", "name=a")
         assert (done.returncode, done.stderr) == (0, "")

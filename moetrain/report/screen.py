@@ -8,7 +8,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,21 @@ def plan_text(run: RunConfig) -> str:
         f"  {_processes_text(run)}, expert parallel {run.parallel.expert_parallel}, "
         f"ZeRO-{run.parallel.zero_stage}, {run.model.dtype}"
     )
+
+
+def tiny_settings_text(sources: Mapping[str, str], *, model: str) -> str:
+    """A line where a model of another size would train with what was tried out on the tiny one; else empty.
+
+    Args:
+        sources: as ``compose.Composed`` has them.
+        model: the preset.
+    """
+    names = [
+        name for name in ("optim.lr", "schedule.steps", "schedule.warmup_steps") if sources.get(name) == "run.yaml"
+    ]
+    if model == "tiny" or not names:
+        return ""
+    return f"  note: {', '.join(names)} as tried out on the tiny model (run.yaml): set what {model} needs"
 
 
 def _processes_text(run: RunConfig) -> str:

@@ -56,9 +56,12 @@ _HANDED_OVER = ("slurm", "kubernetes")
 def train(words: Sequence[str]) -> int:
     """The verb `train`."""
     options = Options.read(words, flags=("--dry-run",))
-    run, _ = settings(options)
+    run, composed = settings(options)
     from moetrain.config.schema import SampleConfig
     from moetrain.report import screen
+
+    note = screen.tiny_settings_text(composed.sources, model=composed.choices["model"])
+    about = "\n".join(filter(None, (screen.plan_text(run), note)))
 
     run_dir = Path(str(run.run_dir))
     remote = _remote(run)
@@ -66,7 +69,7 @@ def train(words: Sequence[str]) -> int:
         _compare_with_earlier(run, run_dir)
         from moetrain.launch.start import handed_over
 
-        print(f"{screen.plan_text(run)}\na dry run: nothing was started")
+        print(f"{about}\na dry run: nothing was started")
         if text := handed_over(run_dir, run.launch):
             print(f"\n{text}", end="")
         return 0
@@ -85,7 +88,7 @@ def train(words: Sequence[str]) -> int:
         if finished:
             print(f"{run_dir} is finished; here is what it reached. For another run, set name=… or schedule.steps=…\n")
         else:
-            print(screen.plan_text(run), flush=True)
+            print(about, flush=True)
             _fetch_newest(remote, run, run_dir)
             if run.launch.kind in _HANDED_OVER:
                 print(f"{start(run_dir, run.launch).queued}\nsee moetrain status, logs and cancel {run_dir}")
