@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,13 @@ def spool_piece(root: Path, task: Task, *, tell: Tell) -> None:
     writer = spool.SpoolWriter(root, piece=task["piece"], shard_bytes=task["shard_bytes"])
     if writer.is_finished:
         return
-    options = Options(min_characters=task["min_characters"], max_characters=task["max_characters"])
     reading = _Reading(tell)
     left = writer.row  # so many are in the spool
     for name, ends in task["parts"]:
         source: Input = hub.parse(name) if name.startswith(hub.PREFIX) else Path(name)
-        reading.begin(ends)
-        for document, reason in _documents(source, task, reading=reading, options=options):
+        span = None if ends is None else Span(*ends)
+        reading.begin(span)
+        for document, reason in _documents(source, span, task, note=reading.note):
             if left:
                 left -= 1
             elif reason:
@@ -144,13 +144,11 @@ class _Reading:
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._before = self._start = self._now = self._told = 0
-        self.span: Span | None = None
 
-    def begin(self, ends: list[int] | None) -> None:
+    def begin(self, span: Span | None) -> None:
         """A part begins; the ones before it are done."""
-        self.span = None if ends is None else Span(*ends)
-        self._before, self._start = self._before + self._now, ends[0] if ends else 0
-        self._now = 0
+        self._before, self._now = self._before + self._now, 0
+        self._start = 0 if span is None else span.start
 
     def note(self, position: int) -> None:
         """Reading has come to this byte of the file."""
@@ -160,19 +158,22 @@ class _Reading:
             self._tell({"read": self._told})
 
 
-def _documents(source: Input, task: Task, *, reading: _Reading, options: Options) -> Iterator[tuple[bytes, str]]:
-    """Each document, and why it is not taken."""
+def _documents(
+    source: Input, span: Span | None, task: Task, *, note: Callable[[int], None]
+) -> Iterator[tuple[bytes, str]]:
+    """Each document, and why it is not taken; empty if it is."""
     if is_tokenized(source):
-        for record in records_of(source, text_column=task["text_column"], tell=reading.note):
+        for record in records_of(source, text_column=task["text_column"], tell=note):
             yield record, "" if record else "empty"
         return
-    of_hub, size = isinstance(source, HubDataset), 0
-    for text in texts_of(source, text_column=task["text_column"], tell=reading.note, span=reading.span):
+    options = Options(min_characters=task["min_characters"], max_characters=task["max_characters"])
+    size = 0
+    for text in texts_of(source, text_column=task["text_column"], tell=note, span=span):
         document = text.encode()
         yield document, why_not(text, options)
-        if of_hub:
+        if isinstance(source, HubDataset):
             size += len(document)
-            reading.note(size)
+            note(size)
 
 
 def hub_sha256(dataset: HubDataset) -> str:
