@@ -1,7 +1,8 @@
 """The runs of a sweep in SLURM's queue: an array of jobs that needs nobody here, and what became of it.
 
-SLURM starts them, a failed one is started again in its job, one at its time limit goes back into the queue. What
-became of each is told by squeue and by what it left in its run directory, whenever somebody asks.
+SLURM starts them, a failed one is started again in its job (not where preflight says no-go), one at its time limit goes
+back into the queue. What became of each is told by squeue and by what it left in its run directory, whenever somebody
+asks.
 """
 
 from __future__ import annotations
