@@ -29,6 +29,10 @@ class LaunchError(MoetrainError):
     """The processes of a run could not be started, or one of them died."""
 
 
+class NoGoError(LaunchError):
+    """Preflight found that the nodes are not fit for the run: another start on them would end in the same way."""
+
+
 class LostError(LaunchError):
     """A rank was killed, its node or the way to it was lost: nothing that the run itself does wrong every time."""
 

@@ -104,6 +104,32 @@ def test_what_cannot_be_shown_is_told(place, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("text:none.jsonl", "data.sources.b.text names 'none.jsonl', but there is no such file"),
+        ("text:data.text", "data.sources.b.text names 'data.text', but there is no such file"),
+        ("text:empty.jsonl", "data.sources.b.text holds no document at all"),
+        ("text:b.jsonl,text_column:body", "set data.sources.b.text_column to the column with the text"),
+        ("text:b.jsonl,prepared:foreign", "set data.sources.b.prepared to a new or an empty directory"),
+        ("text:few.jsonl,format:instruction", "add some, or set a larger data.sources.b.held_out"),
+    ],
+)
+def test_a_fault_in_one_of_several_sources_is_told_by_its_own_settings(place, capsys, source, told):
+    (place / "empty.jsonl").write_text("")
+    (place / "few.jsonl").write_text(json.dumps({"prompt": "What?", "response": "That."}))
+    (place / "foreign").mkdir()
+    (place / "foreign" / "mine").write_text("")
+    words = f"data.sources={{a:{{text:a.jsonl}},b:{{{source}}}}}"
+    assert main(["prepare", *SMALL, words, "prepare.workers=1"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_fault_in_the_only_text_is_told_by_the_settings_of_all(place, capsys):
+    assert main(["prepare", *SMALL, "data.text=b.jsonl", "data.text_column=body"]) == 2
+    assert "set data.text_column to the column with the text" in capsys.readouterr().err
+
+
 STREAM = ["data.stream=true", "data.stream_block=64", "data.stream_window=2", *SMALL]
 """Four sequences in a block, and a step in a whole window."""
 

@@ -91,6 +91,18 @@ def test_a_cluster_of_ones_own_is_found(plan, place) -> None:
     assert "tiny on lab" in out
 
 
+def test_masks_of_documents_take_room(plan) -> None:
+    # 2 bytes x 65,536 x 65,536 for one sequence: 8.6 GB
+    words = ("model=mixtral_8x7b", "cluster=h200_ib", "nodes=16", "tokens=2T", "batch.sequence_length=65536",
+             "model.context=65536", "batch.global_batch=128", "show=1")  # fmt: skip
+    sizes = {}
+    for is_on in ("false", "true"):
+        code, out, err = plan(*words, f"data.mask_documents={is_on}")
+        assert (code, err) == (0, "")
+        sizes[is_on] = float(re.search(r"activations +([0-9.]+)", out)[1])
+    assert sizes["true"] - sizes["false"] == pytest.approx(8.6, abs=0.11)
+
+
 def test_several_numbers_of_nodes_are_tried(plan) -> None:
     _, out, _ = plan("cluster=h100_ib", "nodes=1..5", "tokens=1B", "show=5000", "objective=gpus")
     rows = [line.split()[1] for line in out.splitlines() if line[:1].isdigit() and "Wh" in line]

@@ -94,7 +94,7 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
             ["data.stream is true, but this needs token files, and a stream makes its tokens while it is trained on: "
              "set data.stream=false"]
         )  # fmt: skip
-    from moetrain.config.data import sources_of
+    from moetrain.config.data import sources_of, told_of
     from moetrain.data.build import hold_together
     from moetrain.data.corpus import Prepared, mark_compared, open_prepared, was_touched
     from moetrain.instruct.build import instruction_directory, prepare_instructions
@@ -117,23 +117,24 @@ def corpus_of(run: RunConfig, *, verify: bool = False) -> Corpus:
 
     tokenizer = run.data.tokenizer
     for name, source in sources_of(run.data).items():
-        if source.text is None:
-            directory = Path(str(source.prepared))
-            parts[name] = open_prepared(directory, verify=compares(name, directory))
-        else:
-            what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
-                                    "vocab_size": run.model.vocab_size, "tokenizer": tokenizer,
-                                    "options": chosen}  # fmt: skip
-            is_instruction = source.format == "instruction"
-            what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
-            place = instruction_directory if is_instruction else named
-            directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
-            what["verify"] = compares(name, directory)
-            with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
-                if is_instruction:
-                    parts[name] = prepare_instructions(directory, progress=bars, **what)
-                else:
-                    parts[name] = prepare(directory, progress=bars, say=bars.say, **what)
+        with told_of(name, run.data):
+            if source.text is None:
+                directory = Path(str(source.prepared))
+                parts[name] = open_prepared(directory, verify=compares(name, directory))
+            else:
+                what: dict[str, Any] = {"text": source.text, "held_out": source.held_out,
+                                        "vocab_size": run.model.vocab_size, "tokenizer": tokenizer,
+                                        "options": chosen}  # fmt: skip
+                is_instruction = source.format == "instruction"
+                what |= {"template": run.data.template} if is_instruction else {"text_column": source.text_column}
+                place = instruction_directory if is_instruction else named
+                directory = Path(source.prepared or place(Path("prepared"), name=name, **what))
+                what["verify"] = compares(name, directory)
+                with StageBars("prepare" if run.data.sources is None else f"prepare {name}") as bars:
+                    if is_instruction:
+                        parts[name] = prepare_instructions(directory, progress=bars, **what)
+                    else:
+                        parts[name] = prepare(directory, progress=bars, say=bars.say, **what)
         tokenizer = tokenizer or str(parts[name].tokenizer_path)
     corpus = hold_together(parts, verify=compared)
     for name in compared:

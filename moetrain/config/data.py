@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+
+from moetrain.errors import DataError
 
 FORMATS = ("text", "instruction")
 
@@ -141,6 +144,26 @@ def _filled(source: SourceConfig, data: DataConfig) -> SourceConfig:
         held_out=data.held_out if source.held_out is None else source.held_out,
         max_epochs=data.max_epochs if source.max_epochs is None else source.max_epochs,
     )
+
+
+_OF_A_SOURCE = re.compile(
+    # no path, and nothing in quotes: those are the user's own words
+    rf"(?<![\w./'\"-])data\.({'|'.join(each.name for each in fields(SourceConfig))})\b(?![/'\"]|\.\w)"
+)
+
+
+@contextmanager
+def told_of(name: str, data: DataConfig) -> Iterator[None]:
+    """Whatever is wrong with the text of one of several sources is told by the settings of that source.
+
+    What reads text knows nothing of sources, and speaks of ``data.text``.
+    """
+    try:
+        yield
+    except DataError as error:
+        if data.sources is not None:
+            error.args = (_OF_A_SOURCE.sub(rf"data.sources.{name}.\1", str(error)),)
+        raise
 
 
 def with_prepared(data: DataConfig, directories: dict[str, str]) -> DataConfig:

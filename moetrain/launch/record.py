@@ -1,6 +1,6 @@
 """RUN_DIR/launch/state.json: how a run went the last time, for those who did not watch.
 
-{"state": "running" | "finished" | "stopped" | "failed", "message": "…", "time": 1700000000.0}
+{"state": "running" | "finished" | "stopped" | "failed", "message": "…", "time": 1700000000.0, "final": false}
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetrain.errors import NoGoError
 from moetrain.launch.local import Outcome
 
 _FILE = "state.json"
@@ -25,6 +26,8 @@ class Record:
     state: str
     message: str
     time: float
+    final: bool = False
+    """Whether another start would end in the same way."""
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def recorded(run_dir: Path) -> Iterator[Callable[[Outcome], Outcome]]:
     try:
         yield record
     except BaseException as error:
-        _write(run_dir, "failed", str(error))
+        _write(run_dir, "failed", str(error), final=isinstance(error, NoGoError))
         raise
 
 
@@ -56,9 +59,10 @@ def forget(run_dir: Path) -> None:
     (run_dir / "launch" / _FILE).unlink(missing_ok=True)
 
 
-def _write(run_dir: Path, state: str, message: str = "") -> None:
+def _write(run_dir: Path, state: str, message: str = "", *, final: bool = False) -> None:
     path = run_dir / "launch" / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"state": state, "message": message, "time": time.time()}), encoding="utf-8")
+    content = {"state": state, "message": message, "time": time.time(), "final": final}
+    partial.write_text(json.dumps(content), encoding="utf-8")
     os.replace(partial, path)

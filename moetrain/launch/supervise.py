@@ -133,7 +133,9 @@ def on_fewer(run: RunConfig, *, processes: int, device_bytes: int | None = None)
             continue
         for layout in _layouts(run, number):
             candidate = _laid_out(run, layout)
-            memory = memory_of(run.model, layout, sequence_length=run.sequence_length)
+            memory = memory_of(
+                run.model, layout, sequence_length=run.sequence_length, mask_documents=run.data.mask_documents
+            )
             fits = device_bytes is None or memory.total <= device_bytes
             if fits and _passes(candidate):
                 return candidate

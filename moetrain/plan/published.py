@@ -41,6 +41,8 @@ class Run:
     imbalance: float = 1.0
     """Rows at the fullest device over the mean; benchmarks force an even load."""
     note: str = ""
+    mask_documents: bool = False
+    """Whether attention stays within a document."""
     memory_bytes: float | None = None
     """Peak on the fullest device, where it is known."""
 
@@ -55,7 +57,13 @@ class Run:
 
     def planned_memory(self, device: str) -> Memory:
         """What a device of it holds, planned."""
-        return memory_of(self.model, self.layout, sequence_length=self.sequence_length, device=device)
+        return memory_of(
+            self.model,
+            self.layout,
+            sequence_length=self.sequence_length,
+            mask_documents=self.mask_documents,
+            device=device,
+        )
 
     def predicted(self, cluster: Cluster, *, efficiency: float) -> float:
         """Tokens per second and GPU."""
@@ -143,7 +151,7 @@ def expect(run: RunConfig, *, device: str, device_name: str) -> Expectation:
     if name is not None:
         conditions = Conditions(efficiency=efficiency_on(clusters[name], clusters), imbalance=(1 + IMBALANCE) / 2)
         seconds = step_time(run.model, layout, clusters[name], sequence_length=length, conditions=conditions).total
-    memory = memory_of(run.model, layout, sequence_length=length, device=device)
+    memory = memory_of(run.model, layout, sequence_length=length, mask_documents=run.data.mask_documents, device=device)
     return Expectation(cluster=name, device=device, memory_bytes=memory.total, step_seconds=seconds)
 
 
@@ -170,6 +178,7 @@ def own_run(run: RunConfig, lines: Sequence[Mapping[str, Any]], *, cluster: str)
         model=run.model,
         layout=layout,
         sequence_length=run.sequence_length,
+        mask_documents=run.data.mask_documents,
         overlap=0.0,
         measured=statistics.median(line["tokens_per_second"] for line in steps) / layout.gpus,
         imbalance=statistics.median(skews) if skews else 1.0,

@@ -38,6 +38,8 @@ class Question:
     objective: str = "time"
     global_batch: int | None = None
     """Sequences of a step; None: about ``TOKENS_PER_STEP`` tokens, as many on each device."""
+    mask_documents: bool = False
+    """Whether attention stays within a document."""
     imbalance: float = IMBALANCE
 
 
@@ -116,10 +118,7 @@ def search(question: Question, cluster: Cluster, *, efficiency: float, offer: Of
             refused["the global batch is no multiple of the devices"].append((batch % gpus, told))
             continue
         for layout in _layouts(question.model, gpus=gpus, per_gpu=batch // gpus, modelled=modelled):
-            memory = memory_of(
-                question.model, layout, sequence_length=question.sequence_length, imbalance=question.imbalance,
-                device=cluster.device,
-            )  # fmt: skip
+            memory = _memory(question, layout, cluster)
             lacks = _lacks(memory, layout, cluster)
             if lacks:
                 if offer.takes(layout):
@@ -166,6 +165,17 @@ def _layouts(model: ModelConfig, *, gpus: int, per_gpu: int, modelled: Offer) ->
                             accumulation=per_gpu // micro_batch,
                             offload_optimizer=offload,
                         )
+
+
+def _memory(question: Question, layout: Layout, cluster: Cluster) -> Memory:
+    return memory_of(
+        question.model,
+        layout,
+        sequence_length=question.sequence_length,
+        mask_documents=question.mask_documents,
+        imbalance=question.imbalance,
+        device=cluster.device,
+    )
 
 
 def _lacks(memory: Memory, layout: Layout, cluster: Cluster) -> tuple[str, float, str] | None:
@@ -256,10 +266,7 @@ def _missing(question: Question, cluster: Cluster) -> str:
     gpus = max(question.nodes) * cluster.gpus_per_node
     experts = 1 if question.model.moe is None else math.gcd(gpus, question.model.moe.num_experts)
     layout = Layout(gpus=gpus, expert_parallel=experts, zero_stage=3, recompute="full", offload_optimizer=True)
-    memory = memory_of(
-        question.model, layout, sequence_length=question.sequence_length, imbalance=question.imbalance,
-        device=cluster.device,
-    )  # fmt: skip
+    memory = _memory(question, layout, cluster)
     return (
         f"Even spread over all {gpus:,} devices, with all that is known here to save memory ({layout_kind(layout)}, EP "
         f"{experts}, micro-batch 1), it takes {memory.total / GB:,.0f} GB of {cluster.memory_gb:,.0f} on each "

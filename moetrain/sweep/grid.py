@@ -164,7 +164,14 @@ def run_tokens(run: RunConfig) -> int:
 
 def memory_bytes(run: RunConfig, *, device: str) -> float:
     """Bytes on one device, by the plan."""
-    return memory_of(run.model, layout_of(run), sequence_length=run.sequence_length, device=device).total
+    memory = memory_of(
+        run.model,
+        layout_of(run),
+        sequence_length=run.sequence_length,
+        mask_documents=run.data.mask_documents,
+        device=device,
+    )
+    return memory.total
 
 
 def layout_of(run: RunConfig) -> Layout:

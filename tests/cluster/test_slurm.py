@@ -13,7 +13,7 @@ import pytest
 from cluster.conftest import SETTINGS, Place
 from cluster.two_node_slurm import Slurm
 from moetrain.config.launch.settings import SlurmConfig
-from moetrain.launch.cluster.slurm import submit_array
+from moetrain.launch.cluster.slurm import Array, submit_array
 
 pytestmark = pytest.mark.cluster
 
@@ -145,7 +145,8 @@ def test_an_array_runs_each_command_and_requeues_the_one_that_stops_at_its_limit
         [sys.executable, "-c", "import sys, pathlib; pathlib.Path('word').write_text(sys.argv[1])", odd],
         [sys.executable, "-c", wait],
     ]
-    number = submit_array(commands, directory=tmp_path / "an array", slurm=SlurmConfig(time="5"), name="a b", at_once=2)
+    array = Array(directory=tmp_path / "an array", slurm=SlurmConfig(time="5"), name="a b", at_once=2)
+    number = submit_array(commands, array)
     wait_until(lambda: (tmp_path / "word").exists() and (tmp_path / "first").exists())
     assert (tmp_path / "word").read_text() == odd
     slurm.call("scancel", "--batch", "--signal=USR1", f"{number}_1")

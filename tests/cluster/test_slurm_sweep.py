@@ -60,6 +60,29 @@ def test_a_grid_is_an_array_and_the_same_command_goes_on(place: Place, slurm: Sl
     assert "next: moetrain report" in done.stdout
 
 
+def test_a_run_whose_node_is_not_fit_is_not_started_again_in_its_job(
+    place: Place, slurm: Slurm, wait_until: Wait
+) -> None:
+    words = place.train("each", *IN_SLURM, "schedule.steps=6", "launch.interface=ib77")
+    words = [*words[:3], "sweep", "name=unfit", "optim.weight_decay=0.1,0.2", "retries=3", *words[5:]]
+    done = place.call(*words, **slurm.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown: list[str] = []
+
+    def settled() -> bool:
+        shown[:] = [place.call(*place.words("sweep", "status", "sweeps/unfit"), **slurm.environment).stdout]
+        return "2 failed" in shown[0]
+
+    wait_until(settled, what=lambda: "".join(shown))
+    assert "preflight says no-go" in shown[0]
+    printed = [path.read_text() for path in (place.directory / "sweeps/unfit/array/001").glob("array-*.out")]
+    assert len(printed) == 2
+    for text in printed:
+        assert text.count("was not started: preflight says no-go: n") == 1
+        assert "there is no interface ib77" in text
+        assert "is tried again" not in text
+
+
 def test_two_nodes_for_each_run_and_one_that_is_taken_out_of_the_queue(
     place: Place, slurm: Slurm, wait_until: Wait
 ) -> None:

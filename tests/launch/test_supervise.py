@@ -18,6 +18,7 @@ from moetrain.launch.nodes.spec import request
 from moetrain.launch.supervise import Ended, on_fewer, supervise, wait, without
 from moetrain.plan.layout import Layout
 from moetrain.plan.memory.device import memory_of
+from moetrain.sweep.grid import layout_of
 from moetrain.watch.board import Beat, Board
 from moetrain.watch.incidents import read_incidents
 
@@ -171,6 +172,18 @@ def test_a_smaller_layout_saves_memory_where_the_plan_says_it_must():
     tight = on_fewer(run, processes=4, device_bytes=int(needs(plain)) - 1)
     assert needs(tight) < needs(plain)
     assert on_fewer(run, processes=4, device_bytes=1000) is None
+
+
+def test_a_smaller_layout_has_room_for_the_masks_of_documents():
+    run, masked = (
+        settings(launch__processes=8, batch__global_batch=64, batch__micro_batch=8, batch__sequence_length=4096,
+                 model__context=4096, parallel__recompute="full", parallel__zero_stage=2, data__mask_documents=is_on)
+        for is_on in (False, True)
+    )  # fmt: skip
+    plain = on_fewer(run, processes=4)
+    enough = int(memory_of(plain.model, layout_of(plain), sequence_length=4096).total) + 1
+    assert on_fewer(run, processes=4, device_bytes=enough).batch.micro_batch == plain.batch.micro_batch
+    assert on_fewer(masked, processes=4, device_bytes=enough).batch.micro_batch < plain.batch.micro_batch
 
 
 def test_waiting_ends_at_once_when_somebody_asks_to_stop(tmp_path):

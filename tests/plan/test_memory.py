@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from moetrain.model.attention import document_mask, score_bias
 from moetrain.model.build import build_model, initialize
 from moetrain.model.objective import MicroBatch, Objective
 from moetrain.parallel import groups as process_groups
@@ -41,13 +42,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def split(token: torch.Tensor) -> MicroBatch:
-    return MicroBatch(token_BS=token[:, :-1].contiguous(), target_BS=token[:, 1:].contiguous())
+def split(token: torch.Tensor, *, mask_documents: bool = False) -> MicroBatch:
+    token_BS = token[:, :-1].contiguous()
+    document_BS = (token_BS == 0).cumsum(1) if mask_documents else None
+    return MicroBatch(token_BS=token_BS, target_BS=token[:, 1:].contiguous(), document_BS=document_BS)
 
 
-def kept_by_autograd(model: ModelConfig, *, rows: int) -> int:
-    """Bytes of all storages that a forward pass leaves for the backward pass, weights apart."""
-    gpt = build_model(model)
+def kept_by_autograd(
+    model: ModelConfig, *, rows: int, recompute: str = "none", mask_documents: bool = False
+) -> dict[int, torch.Tensor]:
+    """All storages that a forward pass leaves for the backward pass, weights apart, by where they lie."""
+    gpt = build_model(model, recompute=recompute)
     initialize(gpt, init_std=0.02, seed=1)
     gpt = gpt.bfloat16() if model.dtype == "bf16" else gpt
     weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
@@ -60,7 +65,11 @@ def kept_by_autograd(model: ModelConfig, *, rows: int) -> int:
 
     token = torch.randint(0, model.vocab_size, (rows, model.context + 1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Objective(gpt, loss_weights={"balance": 0.01})(split(token))
+        Objective(gpt, loss_weights={"balance": 0.01})(split(token, mask_documents=mask_documents))
+    return kept
+
+
+def size_of(kept: dict[int, torch.Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -71,7 +80,47 @@ def test_activations_are_what_autograd_keeps(variant: str, dtype: str) -> None:
     # on one device no row is sent away, so every load is even in sum
     planned = memory_of(model, replace(ALONE, micro_batch=4), sequence_length=128, imbalance=1.0, device="cpu", slack=0)
     softmax = planned.logits / 3  # of the three that are there at once, autograd keeps one
-    assert planned.activations + planned.experts + softmax == pytest.approx(kept_by_autograd(model, rows=4), rel=0.01)
+    assert planned.activations + planned.experts + softmax == pytest.approx(
+        size_of(kept_by_autograd(model, rows=4)), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_mask_of_documents_is_one_for_all_blocks(variant: str, dtype: str) -> None:
+    model = replace(MODEL, dtype=dtype, **VARIANTS[variant])
+    mask = score_bias(document_mask(torch.zeros(4, 128)), dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    without, masked = (size_of(kept_by_autograd(model, rows=4, mask_documents=is_on)) for is_on in (False, True))
+    assert (
+        planned_for_masks(model, Layout(gpus=1, micro_batch=4)) == masked - without == mask.untyped_storage().nbytes()
+    )
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_the_mask_of_documents_stays_for_what_is_recomputed(recompute: str) -> None:
+    gpt = build_model(MODEL, recompute=recompute)
+    initialize(gpt, init_std=0.02, seed=1)
+    token = torch.randint(0, MODEL.vocab_size, (4, 129))
+    before = masks_there()
+    losses = Objective(gpt, loss_weights={"balance": 0.01})(split(token, mask_documents=True))
+    there = masks_there()
+    losses.total.backward()
+    layout = Layout(gpus=1, micro_batch=4, recompute=recompute)
+    assert planned_for_masks(MODEL, layout) == sum(there[place] for place in there.keys() - before.keys())
+
+
+def masks_there() -> dict[int, int]:
+    """Bytes of every storage of four masks that Python holds, by where it lies."""
+    squares = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == (4, 1, 128, 128)]
+    return {each.data_ptr(): each.untyped_storage().nbytes() for each in squares}
+
+
+def planned_for_masks(model: ModelConfig, layout: Layout) -> float:
+    without, masked = (
+        memory_of(model, layout, sequence_length=128, mask_documents=is_on, device="cpu", slack=0).total
+        for is_on in (False, True)
+    )
+    return masked - without
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -136,7 +185,9 @@ def test_only_what_the_settings_allow_is_offered() -> None:
 BIG = ModelConfig(vocab_size=4096, context=256, num_layers=4, d_model=384, num_heads=6, d_ff=1024,
                   moe=MoEConfig(num_experts=8, top_k=2, d_expert=1024))  # fmt: skip
 BIG_DENSE = replace(BIG, d_model=512, num_heads=8, num_kv_heads=4, d_ff=1536, num_layers=6, moe=None)
-MODELS = {"sparse": BIG, "sparse bf16": replace(BIG, dtype="bf16"), "dense": BIG_DENSE}
+MASKED = "long, masked"
+LONG = ModelConfig(vocab_size=512, context=8192, num_layers=2, d_model=256, num_heads=4, d_ff=768)
+MODELS = {"sparse": BIG, "sparse bf16": replace(BIG, dtype="bf16"), "dense": BIG_DENSE, MASKED: LONG}
 MEASURED: list[tuple[str, Layout]] = [
     ("sparse", Layout(gpus=2, expert_parallel=2, zero_stage=1, micro_batch=4)),
     ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=4, accumulation=2)),
@@ -152,6 +203,7 @@ MEASURED: list[tuple[str, Layout]] = [
     ("sparse", Layout(gpus=2, expert_parallel=1, zero_stage=3, micro_batch=4, accumulation=2)),
     ("sparse bf16", Layout(gpus=2, expert_parallel=2, zero_stage=3, micro_batch=8, recompute="full")),
     ("dense", Layout(gpus=2, expert_parallel=1, zero_stage=3, micro_batch=4)),
+    (MASKED, Layout(gpus=2, expert_parallel=1, zero_stage=1, micro_batch=1)),
 ]
 
 
@@ -175,14 +227,14 @@ def make_engine(model: ModelConfig, layout: Layout, *, rank: int) -> Engine:
                   clip=1.0)  # fmt: skip
 
 
-def run_steps(model: ModelConfig, layout: Layout, *, rank: int, length: int) -> None:
+def run_steps(model: ModelConfig, layout: Layout, *, rank: int, length: int, mask_documents: bool = False) -> None:
     engine = make_engine(model, layout, rank=rank)
     # at ZeRO-3 the first step gathers as the modules come, and only then is it known what is worth keeping
     for _ in range(2 if layout.zero_stage == 3 else 1):
         for micro in range(layout.accumulation):
             generator = torch.Generator().manual_seed(10 * micro + rank)
             token = torch.randint(0, model.vocab_size, (layout.micro_batch, length + 1), generator=generator)
-            engine.forward_backward(split(token))
+            engine.forward_backward(split(token, mask_documents=mask_documents))
         engine.step(1e-3)
 
 
@@ -203,7 +255,7 @@ def measure(rank: int, cases: list[tuple[str, Layout]]) -> list[int]:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
             clear.write("5")  # VmHWM starts anew
         before = resident("VmRSS")
-        run_steps(model, layout, rank=rank, length=model.context)
+        run_steps(model, layout, rank=rank, length=model.context, mask_documents=name == MASKED)
         peaks.append(resident("VmHWM") - before)
         gc.collect()
     return peaks
@@ -219,7 +271,8 @@ def test_a_real_run_takes_the_memory_that_was_planned(ranks, monkeypatch) -> Non
     off = {}
     for (name, layout), peak in zip(MEASURED, peaks, strict=True):
         model = MODELS[name]
-        parts = memory_of(model, layout, sequence_length=model.context, imbalance=1.0, device="cpu", slack=0)
+        parts = memory_of(model, layout, sequence_length=model.context, mask_documents=name == MASKED, imbalance=1.0,
+                          device="cpu", slack=0)  # fmt: skip
         planned = parts.total + parts.host  # here they are one memory
         extra = "" if layout.recompute == "none" else f", {layout.recompute}"
         extra += ", offload" if layout.offload_optimizer else ""

@@ -43,6 +43,21 @@ def test_what_is_found_fits_and_is_offered() -> None:
     assert answer.missing == ""
 
 
+def test_masks_of_documents_take_room() -> None:
+    masked = find(replace(QUESTION, mask_documents=True))
+    for plan in masked.plans:
+        assert plan.memory == memory_of(MODEL, plan.layout, sequence_length=2048, mask_documents=True)
+    # two bytes of a score, 2048 x 2048 for each sequence
+    of_sequence = 2 * 2048**2
+    with_masks = {plan.layout: plan.memory.activations for plan in masked.plans}
+    without = {plan.layout: plan.memory.activations for plan in find().plans}
+    added = {
+        round((with_masks[layout] - without[layout]) / layout.micro_batch) for layout in with_masks.keys() & without
+    }
+    assert added <= {0, of_sequence}, "0 where the step is the fullest moment"
+    assert of_sequence in added
+
+
 def test_every_layout_is_either_found_or_refused() -> None:
     answer = find(cluster=replace(H100, memory_gb=30.0))
     per_gpu = global_batch(QUESTION, gpus=16) // 16

@@ -194,6 +194,10 @@ class TestBeforeTraining:
         done = moetrain_in_process("train", "launch.processes=2", *words)
         assert done.returncode == 2
         assert "GLOO_SOCKET_IFNAME=ib77: there is no interface ib77" in done.stdout
+        swept = moetrain_in_process("sweep", "optim.lr=1e-3,3e-3", "retries=2", "launch.processes=1", *words)
+        assert swept.returncode == 1, swept.stderr
+        assert "retried" not in swept.stdout
+        assert swept.stdout.count("preflight says no-go: ") >= 2
         assert not list(Path("runs/tiny").glob("log/*")), "no rank was started"
 
     def test_it_is_silent_and_quick_where_all_is_well(self, capsys):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from programs import statuses, sweep_of, writes
 
+from moetrain.config.checks import resolve
+from moetrain.config.freeze import freeze, write_run
 from moetrain.config.launch.settings import LaunchConfig
 from moetrain.errors import ConfigError, LaunchError
 from moetrain.launch.cluster import slurm
 from moetrain.launch.nodes.hosts import hosts_of, shared
-from moetrain.launch.record import recorded
+from moetrain.launch.record import read_record, recorded
 from moetrain.sweep.settings import SweepConfig
 from moetrain.sweep.state import Run, Sweep
 from moetrain.sweep.work.array import next_directory, settle, take_up
@@ -154,3 +157,20 @@ def test_a_command_of_an_array_is_tried_again_in_its_place(tmp_path):
     assert starts(0) == (0, 1)
     assert starts(75) == (75, 1), "a stop that was asked for"
     assert starts(1) == (1, 1), "ended by moetrain cancel"
+
+
+def test_a_run_of_an_array_whose_nodes_are_not_fit_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib77")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run_dir = tmp_path / "runs" / "unfit"
+    run_dir.mkdir(parents=True)
+    write_run(resolve(replace(freeze({"name": "unfit"}), run_dir=str(run_dir)), default_processes=1), run_dir)
+    words = ["-m", "moetrain.launch.cluster.job", "--retries", "2", "--", *slurm.run_words(run_dir)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("was not started: preflight says no-go: ") == 1
+    assert "is tried again" not in done.stdout
+    record = read_record(run_dir)
+    assert record is not None
+    assert (record.state, record.final) == ("failed", True)
+    assert "GLOO_SOCKET_IFNAME=ib77: there is no interface ib77" in record.message

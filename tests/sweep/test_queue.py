@@ -46,6 +46,28 @@ class TestEnds:
         assert (failed.attempts, failed.note) == (3, "the disk is full")
         assert [line.split()[0] for line in said if "a_seed-1" in line] == ["retried", "retried", "failed"]
 
+    def test_a_no_go_of_preflight_is_not_tried_again(self, tmp_path):
+        sweep, said = sweep_of(tmp_path, "a", "b", retries=2), []
+        tell = (
+            "import sys; from pathlib import Path; from moetrain import errors\n"
+            "from moetrain.launch.record import recorded\n"
+            "try:\n"
+            "    with recorded(Path(sys.argv[1])): raise getattr(errors, sys.argv[2])('node1: no way')\n"
+            "except errors.MoetrainError as error: sys.exit(print(f'moetrain: {error}') or 2)"
+        )
+        programs = {
+            each.point: [sys.executable, "-c", tell, str(sweep.run_dir(each)), kind]
+            for each, kind in zip(sweep.runs, ("NoGoError", "LaunchError"), strict=True)
+        }
+        run(sweep, said, **programs)
+        assert statuses(sweep) == {"a": "failed", "b": "failed"}
+        assert [(each.attempts, each.note) for each in Sweep.read(tmp_path).runs] == [(1, "node1: no way"),
+                                                                                      (3, "node1: no way")]  # fmt: skip
+        # what an earlier start has left counts no more
+        again = sweep_of(tmp_path, "a", "b", retries=1)
+        run(again, a=fails())
+        assert [each.attempts for each in again.runs] == [2, 0]
+
     def test_a_run_that_exits_well_without_a_result_has_failed(self, tmp_path):
         sweep = sweep_of(tmp_path, "a", retries=0)
         run(sweep, a=[sys.executable, "-c", "pass"])

@@ -69,6 +69,7 @@ class _Model:
     model: ModelConfig
     name: str
     sequence_length: int
+    mask_documents: bool
     global_batch: int | None
     """None: not given."""
     choices: dict[str, str]
@@ -95,6 +96,7 @@ def plan(words: Sequence[str]) -> int:
     question = Question(
         model=asked_for.model,
         sequence_length=asked_for.sequence_length,
+        mask_documents=asked_for.mask_documents,
         tokens=_tokens(asked, asked_for.model),
         nodes=asked.nodes,
         objective=asked.objective,
@@ -225,6 +227,7 @@ def _model(options: Options) -> _Model:
         model=run.model,
         name=name,
         sequence_length=run.sequence_length,
+        mask_documents=run.data.mask_documents,
         global_batch=run.batch.global_batch if "batch.global_batch" in sources else None,
         choices={group: composed.choices[group] for group in ("model", "model/moe") if group in composed.choices},
         settings=settings,

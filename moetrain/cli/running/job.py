@@ -10,13 +10,15 @@ from pathlib import Path
 from moetrain.checkpoint.store import step_of, whole_checkpoints
 from moetrain.cli.running.train import keep_running
 from moetrain.config.freeze import read_run
-from moetrain.errors import MoetrainError
+from moetrain.errors import MoetrainError, NoGoError
 from moetrain.launch.cluster.slurm import remember
 from moetrain.launch.lock import RunLock
 from moetrain.launch.machine.ranks import Order
 from moetrain.launch.nodes.spec import requested
 from moetrain.launch.start import start
 from moetrain.parallel.lifeline import STOPPED
+
+_ENDED = 1  # for good: what ends with 2 is tried again where there are retries (launch.cluster.job)
 
 
 def main(words: Sequence[str]) -> int:
@@ -30,7 +32,7 @@ def main(words: Sequence[str]) -> int:
             return _run(run_dir)
     except MoetrainError as error:
         print(f"moetrain: {error}", file=sys.stderr)
-        return 2
+        return _ENDED if isinstance(error, NoGoError) else 2
 
 
 def _run(run_dir: Path) -> int:
@@ -40,7 +42,7 @@ def _run(run_dir: Path) -> int:
         return 0
     if requested(run_dir) is not Order.GO_ON:
         print("stopped by moetrain cancel: the job does not go back into the queue", flush=True)
-        return 1
+        return _ENDED
     if _newest(run_dir) == before:
         print("moetrain: nothing was saved since the job began: the time limit (launch.slurm.time) is too short for "
               "the start, a step and a save, or launch.slurm.save_seconds is", file=sys.stderr)  # fmt: skip

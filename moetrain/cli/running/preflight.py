@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrain.cli.options import Options, named_cluster, settings
-from moetrain.errors import ConfigError, LaunchError
+from moetrain.errors import ConfigError, LaunchError, NoGoError
 
 if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
@@ -80,8 +80,9 @@ def before_training(run: RunConfig, run_dir: Path, *, in_job: bool = False) -> N
     """What `train` does first, as ``preflight`` says; the screen tells what is not well.
 
     Raises:
-        LaunchError: no-go.
+        NoGoError: no-go.
     """
+    from moetrain.preflight.rules import NO_GO
     from moetrain.preflight.verdict import GO, NOT_MEASURED
     from moetrain.report.preflight import preflight_screen
 
@@ -95,7 +96,9 @@ def before_training(run: RunConfig, run_dir: Path, *, in_job: bool = False) -> N
     if told:
         preflight_screen(told, run_dir=run_dir, hostfile=judged.hostfile)
     if not judged.is_go:
-        raise LaunchError(f"{run_dir} was not started: preflight says no-go")
+        # in a sweep it is all that is told of the run
+        why = next(f"{line.where}: {line.found}: {line.remedy}" for line in judged.lines if line.verdict == NO_GO)
+        raise NoGoError(f"{run_dir} was not started: preflight says no-go: {why}")
 
 
 def look(run: RunConfig, run_dir: Path, *, stated: Stated | None, in_job: bool = False) -> Judged:

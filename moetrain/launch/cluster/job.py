@@ -49,7 +49,8 @@ def job_name(environment: dict[str, str] | os._Environ[str]) -> str:
 
 
 def _is_failure(code: int) -> bool:
-    """Whether a command failed by itself: an error that was told (2), or a signal; not a stop that was asked for."""
+    """Whether another try may end better: after an error that was told (2), or a signal; not after a stop that was
+    asked for, or on nodes that are not fit (1)."""
     return code == 2 or code > 128
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetrain.config.launch.settings import LaunchConfig, SlurmConfig
@@ -31,6 +31,7 @@ JOB_FILE = "job.json"
 
 _OF_JOB = "moetrain.cli.running.job"
 """What the job of a run does on its first node."""
+_COMMANDS = "commands.json"
 _POLL_SECONDS = 2.0
 _FIRST_PORT, _PORTS = 16_000, 16_000  # below the ports that Linux gives to outgoing connections
 
@@ -79,30 +80,34 @@ def refuse_queued(run_dir: Path) -> None:
         )
 
 
-def submit_array(
-    commands: Sequence[Sequence[str]],
-    *,
-    directory: Path,
-    slurm: SlurmConfig,
-    name: str,
-    nodes: int = 1,
-    gpus: int = 0,
-    at_once: int | None = None,
-    retries: int = 0,
-) -> str:
-    """Put many commands into the queue as one job array, each in an allocation of its own.
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """A job array of many commands, each in an allocation of its own."""
+
+    directory: Path
+    """Gets the script, the commands, and a log for each; of this array alone."""
+    slurm: SlurmConfig
+    name: str
+    """Of the job."""
+    nodes: int = 1
+    """For each command, which starts on the first of them."""
+    gpus: int = 0
+    """Of each node, where ``slurm.gpus_per_node`` is null."""
+    at_once: int | None = None
+    """How many run at a time; None: as many as SLURM lets."""
+    retries: int = 0
+    """How often a command that fails is started again in its place."""
+
+
+def submit_array(commands: Sequence[Sequence[str]], array: Array) -> str:
+    """Put many commands into the queue.
 
     One that ends with 75 after the warning before its time limit goes back into the queue by itself: `moetrain train
     … launch=local` does, and ``run_words``.
 
     Args:
         commands: each the words of a command; they start in the current working directory.
-        directory: gets the script, the commands, and a log for each; of this array alone.
-        name: of the job.
-        nodes: for each command, which starts on the first of them.
-        gpus: of each node, where ``slurm.gpus_per_node`` is null.
-        at_once: how many run at a time; None: as many as SLURM lets.
-        retries: how often a command that fails is started again in its place.
+        array: how they run.
 
     Returns:
         Number of the job; its tasks are JOB_0, JOB_1, ….
@@ -110,39 +115,26 @@ def submit_array(
     Raises:
         LaunchError: sbatch refuses.
     """
-    directory = directory.resolve()
+    directory = array.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    listed = directory / "commands.json"
+    listed = directory / _COMMANDS
     listed.write_text(json.dumps([list(words) for words in commands], indent=1), encoding="utf-8")
     script = directory / "array.sh"
-    script.write_text(
-        array_script(len(commands), directory=directory, slurm=slurm, name=name, nodes=nodes, gpus=gpus,
-                     at_once=at_once, retries=retries),
-        encoding="utf-8",
-    )  # fmt: skip
+    script.write_text(array_script(len(commands), array), encoding="utf-8")
     return _sbatch(script)
 
 
-def array_script(
-    commands: int,
-    *,
-    directory: Path,
-    slurm: SlurmConfig,
-    name: str,
-    nodes: int = 1,
-    gpus: int = 0,
-    at_once: int | None = None,
-    retries: int = 0,
-) -> str:
+def array_script(commands: int, array: Array) -> str:
     """The script of ``submit_array``, for so many commands."""
-    directory = directory.resolve()
-    limit = "" if at_once is None else f"%{at_once}"
+    directory, slurm = array.directory.resolve(), array.slurm
+    limit = "" if array.at_once is None else f"%{array.at_once}"
+    output = directory / "array-%A_%a.out"
     options = [
         f"--array=0-{commands - 1}{limit}",
-        *_options(slurm, name=name, nodes=nodes, gpus=gpus, output=directory / "array-%A_%a.out"),
+        *_options(slurm, name=array.name, nodes=array.nodes, gpus=array.gpus, output=output),
     ]
-    again = ["--retries", str(retries)] if retries else []
-    return _script(options, slurm, [*_job_words(slurm), *again, "--array", str(directory / "commands.json"), "--"])
+    again = ["--retries", str(array.retries)] if array.retries else []
+    return _script(options, slurm, [*_job_words(slurm), *again, "--array", str(directory / _COMMANDS), "--"])
 
 
 def run_script(run_dir: Path, launch: LaunchConfig, *, module: str | None = None) -> str:

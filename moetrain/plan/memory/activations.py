@@ -15,6 +15,11 @@ def width_of(model: ModelConfig) -> int:
     return 2 if model.dtype == "bf16" else 4
 
 
+def document_mask_bytes(model: ModelConfig, layout: Layout, *, sequence_length: int) -> float:
+    """Of the mask that keeps attention within a document (``model.attention.score_bias``): one for all blocks."""
+    return float(width_of(model) * layout.micro_batch * sequence_length**2)
+
+
 @dataclass(frozen=True)
 class Block:
     """Bytes of one block: outside its experts and inside."""

@@ -15,7 +15,7 @@ from moetrain.config.deepspeed import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from moetrain.config.schema import ModelConfig
 from moetrain.plan.flops import GATED, ParameterCount, count_parameters
 from moetrain.plan.layout import Layout
-from moetrain.plan.memory.activations import activations_of, width_of
+from moetrain.plan.memory.activations import activations_of, document_mask_bytes, width_of
 
 UNSHARDED_BUCKET_ELEMENTS = 500_000_000
 """The same at stage 0: DeepSpeed's constant MEMORY_OPT_ALLREDUCE_SIZE."""
@@ -90,6 +90,7 @@ def memory_of(
     layout: Layout,
     *,
     sequence_length: int,
+    mask_documents: bool = False,
     imbalance: float = IMBALANCE,
     device: str = "cuda",
     slack: float = SLACK,
@@ -98,6 +99,7 @@ def memory_of(
 
     Args:
         sequence_length: tokens of one sequence.
+        mask_documents: whether attention stays within a document.
         imbalance: rows at the fullest device over the mean, at least 1.
         device: cuda or cpu; they keep different activations.
         slack: share of the rest that the allocator holds and cannot use.
@@ -107,9 +109,10 @@ def memory_of(
     tokens = layout.micro_batch * sequence_length
     kept = activations_of(model, layout, tokens=tokens, imbalance=imbalance, device=device)
     block = kept.block
+    mask = document_mask_bytes(model, layout, sequence_length=sequence_length) if mask_documents else 0.0
     forward = replace(
         always,
-        activations=kept.activations,
+        activations=kept.activations + mask,
         experts=kept.experts,
         gradients=_gradients_between(model, layout, load),
         buffers=_empty_bucket(model, layout, load, device=device),
@@ -119,7 +122,7 @@ def memory_of(
         replace(forward, logits=12.0 * model.vocab_size * tokens),
         replace(
             always,
-            activations=block.outside + kept.activations / model.num_layers,
+            activations=block.outside + kept.activations / model.num_layers + mask,
             experts=block.inside + kept.experts / model.num_layers,
             gradients=_gradients_at_the_end(model, layout, load),
             buffers=_filled_bucket(model, layout, load, device=device) + _reduced_at_once(model, layout, load),

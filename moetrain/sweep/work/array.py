@@ -1,7 +1,8 @@
 """The runs of a sweep in SLURM's queue: an array of jobs that needs nobody here, and what became of it.
 
-SLURM starts them, a failed one is started again in its job, one at its time limit goes back into the queue. What
-became of each is told by squeue and by what it left in its run directory, whenever somebody asks.
+SLURM starts them, a failed one is started again in its job (not where preflight says no-go), one at its time limit goes
+back into the queue. What became of each is told by squeue and by what it left in its run directory, whenever somebody
+asks.
 """
 
 from __future__ import annotations
@@ -31,16 +32,7 @@ def submit(sweep: Sweep, runs: Sequence[Run], launch: LaunchConfig) -> str:
     """
     for run in runs:
         forget(sweep.run_dir(run))
-    job = slurm.submit_array(
-        [slurm.run_words(sweep.run_dir(run)) for run in runs],
-        directory=next_directory(sweep),
-        slurm=launch.slurm,
-        name=sweep.config.name,
-        nodes=launch.nodes or 1,
-        gpus=launch.processes or 1,
-        at_once=sweep.config.jobs,
-        retries=sweep.config.retries,
-    )
+    job = slurm.submit_array([slurm.run_words(sweep.run_dir(run)) for run in runs], _array(sweep, launch))
     for task, run in enumerate(runs):
         slurm.remember(sweep.run_dir(run), f"{job}_{task}")
         run.status, run.note = QUEUED, f"SLURM job {job}_{task}"
@@ -50,8 +42,11 @@ def submit(sweep: Sweep, runs: Sequence[Run], launch: LaunchConfig) -> str:
 
 def script(sweep: Sweep, runs: int, launch: LaunchConfig) -> str:
     """The script of an array of so many runs, to look at."""
-    return slurm.array_script(
-        runs,
+    return slurm.array_script(runs, _array(sweep, launch))
+
+
+def _array(sweep: Sweep, launch: LaunchConfig) -> slurm.Array:
+    return slurm.Array(
         directory=next_directory(sweep),
         slurm=launch.slurm,
         name=sweep.config.name,

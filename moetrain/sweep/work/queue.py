@@ -1,6 +1,7 @@
 """The runs of a sweep, n at a time, each in a process group of its own, on cores or hosts of its own.
 
 a run fails        it waits again, until its retries are used up; the others go on
+nodes are unfit    preflight says no-go: the run fails without being tried again
 we get a signal    once: every run saves and stops, and the same command goes on; twice: they are killed
 we are killed      a run that is at work goes on to its end; the next start finds its directory locked and waits for it
 """
@@ -25,6 +26,7 @@ from moetrain.errors import DataError, LaunchError
 from moetrain.launch.lock import is_running
 from moetrain.launch.machine.cores import visible_gpus
 from moetrain.launch.nodes.hosts import hosts_of
+from moetrain.launch.record import forget, read_record
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.state import DONE, FAILED, RUNNING, STOPPED, WAITING, Run, Sweep, read_result
 
@@ -173,6 +175,7 @@ def _begin(sweep: Sweep, run: Run, slot: Slot, *, command: Command, say: Say) ->
     if slot.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
     words = [*command(run), *slot.words]
+    forget(sweep.run_dir(run))
     try:
         with log.open("ab") as file, _bound(slot.cores):
             process = subprocess.Popen(
@@ -225,7 +228,8 @@ def _settle(sweep: Sweep, job: _Job, *, stopping: bool, say: Say) -> None:
     else:
         run.attempts += 1
         run.note = _last_words(sweep, run, code=code)
-        is_last = run.attempts > sweep.config.retries
+        record = read_record(sweep.run_dir(run))
+        is_last = run.attempts > sweep.config.retries or (record is not None and record.final)
         run.status = FAILED if is_last else WAITING
         say(f"{'failed   ' if is_last else 'retried  '}{run.name}: {run.note}")
     sweep.write()

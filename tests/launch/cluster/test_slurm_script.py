@@ -12,7 +12,7 @@ import pytest
 
 import moetrain
 from moetrain.config.launch.settings import LaunchConfig, SlurmConfig
-from moetrain.launch.cluster.slurm import run_script
+from moetrain.launch.cluster.slurm import Array, array_script, run_script
 
 LAUNCH = LaunchConfig(kind="slurm", nodes=4, processes=8)
 
@@ -39,6 +39,19 @@ def test_what_is_not_set_is_left_to_the_cluster(tmp_path: Path) -> None:
     assert not names & {"--gpus-per-node", "--partition", "--account", "--qos", "--time", "--mem", "--cpus-per-task"}
     assert "--no-requeue" in options(script)
     assert "--no-requeue" in shlex.split(script.splitlines()[-1])
+
+
+def test_the_script_of_an_array_asks_for_the_same_of_every_command(tmp_path: Path) -> None:
+    slurm = SlurmConfig(partition="gpu", setup=["module load cuda"])
+    array = Array(directory=tmp_path / "array", slurm=slurm, name="a b", nodes=2, gpus=4, at_once=3, retries=1)
+    script = array_script(10, array)
+    for option in ("--array=0-9%3", "--job-name=a_b", "--nodes=2", "--gpus-per-node=4", "--partition=gpu"):
+        assert option in options(script), option
+    words = shlex.split(script.splitlines()[-1])
+    assert words[-5:] == ["--retries", "1", "--array", str(tmp_path / "array" / "commands.json"), "--"]
+    plain = array_script(10, Array(directory=tmp_path, slurm=SlurmConfig(), name="a"))
+    assert "--array=0-9" in options(plain)
+    assert "--retries" not in plain
 
 
 def test_odd_names_reach_the_command_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
