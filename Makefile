@@ -19,7 +19,7 @@ test: $(VENV)/.installed-dev ## the whole test suite, JOBS=2 files at once; ARGS
 
 test-cluster: $(VENV)/.installed-dev ## runs on two hosts and a SLURM made for it, as root on Debian; else it skips
 	tests/cluster/packages.sh
-	$(BIN)/python -m pytest -m cluster -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m cluster -n $(JOBS) --dist loadfile $(ARGS)
 
 check: lint types test ## all that CI checks
 

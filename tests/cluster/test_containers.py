@@ -17,7 +17,7 @@ import yaml
 from cluster.conftest import LIMIT_SECONDS, SETTINGS, Place
 from cluster.two_hosts import ADDRESSES, NAMES, Hosts, missing
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("hosts")]
+pytestmark = pytest.mark.cluster
 
 DOCKER = Path(__file__).parents[2] / "docker"
 SHORT = ["schedule.steps=6", "checkpoint.every_steps=null", *SETTINGS]

@@ -18,7 +18,6 @@ RUN = ["launch=hostfile", "launch.processes=1", "parallel.expert_parallel=2", "s
        "checkpoint.every_steps=null", "preflight=skip"]  # fmt: skip
 
 
-@pytest.mark.xdist_group("hosts")
 def test_mpirun_starts_the_nodes(place: Place, hosts: Hosts, wait_until: Callable[..., None]) -> None:
     if shutil.which("ompi_info") is None:
         pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
@@ -34,7 +33,6 @@ def test_mpirun_starts_the_nodes(place: Place, hosts: Hosts, wait_until: Callabl
     assert place.step("mpirun") == 6
 
 
-@pytest.mark.xdist_group("slurm")
 def test_srun_starts_the_nodes_of_an_allocation(place: Place, slurm: Slurm) -> None:
     words = place.train("allocated", *RUN, f"launch.hosts=[{','.join(NODES)}]", "launch.runner=slurm",
                         "launch.master_addr=127.0.0.1", f"launch.interface={interface()}")  # fmt: skip

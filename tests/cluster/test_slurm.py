@@ -15,7 +15,7 @@ from cluster.two_node_slurm import Slurm
 from moetrain.config.launch.settings import SlurmConfig
 from moetrain.launch.cluster.slurm import submit_array
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.cluster
 
 IN_SLURM = ["launch=slurm", "launch.nodes=2", "launch.processes=1", "launch.master_addr=127.0.0.1",
             "launch.slurm.gpus_per_node=0", "checkpoint.every_steps=null", "parallel.expert_parallel=1"]  # fmt: skip

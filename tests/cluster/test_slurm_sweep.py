@@ -12,7 +12,7 @@ import pytest
 from cluster.conftest import Place
 from cluster.two_node_slurm import Slurm
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.cluster
 
 Wait = Callable[..., None]
 IN_SLURM = ["launch=slurm", "launch.processes=1", "launch.master_addr=127.0.0.1", "launch.slurm.gpus_per_node=0",

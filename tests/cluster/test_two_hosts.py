@@ -17,7 +17,7 @@ from cluster.two_hosts import ADDRESSES, NAMES, Hosts
 from moetrain.config.freeze import read_run
 from moetrain.watch.incidents import read_incidents
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("hosts")]
+pytestmark = pytest.mark.cluster
 
 LOST_AFTER, STEPS = 5, 60
 ON_BOTH = ["launch=hostfile", f"launch.hosts=[{','.join(NAMES)}]", f"launch.master_addr={ADDRESSES[0]}",

@@ -10,7 +10,7 @@ import pytest
 from cluster.conftest import LIMIT_SECONDS, Place
 from cluster.two_hosts import ADDRESSES, NAMES, Hosts
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("hosts")]
+pytestmark = pytest.mark.cluster
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

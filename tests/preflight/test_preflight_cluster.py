@@ -25,7 +25,7 @@ from moetrain.config.schema import RunConfig
 from moetrain.preflight.seen.facts import Found, read_found
 from moetrain.preflight.verdict import Line, Stated, judge, write_report
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("links")]
+pytestmark = pytest.mark.cluster
 
 HOSTS = ("node1", "node2", "node3")
 USUAL, SLOW = "200mbit", "20mbit"
