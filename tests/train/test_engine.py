@@ -18,6 +18,8 @@ from engines import LR, STEPS, Layout, assert_near, make_engine, micro_batch, pl
 
 from moetrain.train.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 def train_rank(rank: int, layouts: list[Layout]):
     """Every layout in turn: starting processes costs more than training these models."""
