@@ -15,11 +15,11 @@ train: $(VENV)/.installed ## set up if need be, then train (or resume) the tiny 
 setup: $(VENV)/.installed-dev ## the virtual environment with everything for development
 
 test: $(VENV)/.installed-dev ## the whole test suite, JOBS=2 files at once; ARGS="-k name" for a part
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev ## runs on two hosts and a SLURM made for it, as root on Debian; else it skips
 	tests/cluster/packages.sh
-	$(BIN)/python -m pytest -m cluster $(ARGS)
+	$(BIN)/python -m pytest -m cluster -n $(JOBS) --dist loadfile $(ARGS)
 
 check: lint types test ## all that CI checks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -61,6 +63,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # a long file that is begun late leaves the other processes idle at the end; a small one does not
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in long, -tests[item.path], item.path))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and there is none here")
@@ -76,15 +82,23 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     Each process has joined a gloo process group and has RANK, WORLD_SIZE and LOCAL_RANK set. The function must be at
     the top of its module and return tensors, numbers, texts or lists and dicts of them. A rank that fails, dies or
     takes longer than ``time_limit`` seconds fails the test, and every other rank is killed.
+
+    Ranks are forks of one process that has imported what they need. With ``fresh=True`` each is an interpreter of its
+    own, which takes seconds: for what is measured of the whole process, and for what may depend on the order of sets,
+    which only then is another in each rank, as it is in real runs.
     """
     running: list[Any] = []
 
     def run(
-        world_size: int, function: Callable[..., Any], *args: Any, time_limit: float = TIME_LIMIT_SECONDS
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        time_limit: float = TIME_LIMIT_SECONDS,
+        fresh: bool = False,
     ) -> list[Any]:
         directory = Path(tempfile.mkdtemp(prefix="ranks", dir=tmp_path))
         deadline = time.monotonic() + time_limit
-        group = _start(world_size, function, args, directory)
+        group = _start(world_size, function, args, directory, fresh=fresh)
         running.extend(group)
         fault = _watch(group, deadline=deadline)
         _kill(group)
@@ -96,22 +110,32 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     _kill(running)
 
 
-def _start(world_size: int, function: Callable[..., Any], args: tuple[Any, ...], directory: Path) -> list[Any]:
-    context = torch.multiprocessing.get_context("spawn")
+def _start(
+    world_size: int, function: Callable[..., Any], args: tuple[Any, ...], directory: Path, *, fresh: bool
+) -> list[Any]:
+    context: Any = torch.multiprocessing.get_context("spawn" if fresh else "forkserver")
+    # pickled apart, so that a rank has its environment before it imports the module of the test
+    work = pickle.dumps((function, args))
     group = []
-    with pytest.MonkeyPatch.context() as environment:
-        # set here and not in the child: its imports, which read them, come before its first line
-        environment.setenv("OMP_NUM_THREADS", "1")
-        environment.setenv("DS_ACCELERATOR", "cpu")
-        environment.setenv("TORCH_EXTENSIONS_DIR", str(directory / "torch_extensions"))
-        environment.setenv("WORLD_SIZE", str(world_size))
-        for rank in range(world_size):
-            environment.setenv("RANK", str(rank))
-            environment.setenv("LOCAL_RANK", str(rank))
-            process = context.Process(target=_rank_main, args=(rank, world_size, directory, function, args))
+    common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world_size),
+              "TORCH_EXTENSIONS_DIR": str(directory / "torch_extensions")}  # fmt: skip
+    for rank in range(world_size):
+        own = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(target=_rank_main, args=(rank, world_size, directory, own, work))
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in (own if fresh else _of_the_server()).items():
+                environment.setenv(name, value)
             process.start()
-            group.append(process)
+        group.append(process)
     return group
+
+
+def _of_the_server() -> dict[str, str]:
+    """The environment of the process that ranks are forks of; the first of them starts it."""
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["rank_imports"])
+    # by this alone it finds the modules
+    path = os.pathsep.join(path for path in sys.path if path)
+    return {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
 
 
 @pytest.fixture
@@ -135,11 +159,12 @@ def unused_port() -> int:
             return port
 
 
-def _rank_main(
-    rank: int, world_size: int, directory: Path, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _rank_main(rank: int, world_size: int, directory: Path, environment: dict[str, str], work: bytes) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
+        function, args = pickle.loads(work)  # noqa: S301 - made by _start
         # a file, not a TCP port: tests may run side by side without colliding
         dist.init_process_group(
             "gloo",

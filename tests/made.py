@@ -76,6 +76,12 @@ def a_sweep(directory: Path, *, seeds: int = 2, unfinished: int = 0) -> Sweep:
 
 
 @functools.cache
+def _settings(*words: str) -> RunConfig:
+    """Composed once for all sweeps and seeds."""
+    return freeze(compose(words).settings)
+
+
+@functools.cache
 def _made_sweep(seeds: int, unfinished: int) -> Path:
     """Made once, for it takes seconds."""
     place = Path(tempfile.mkdtemp(prefix="made_sweep"))
@@ -85,7 +91,7 @@ def _made_sweep(seeds: int, unfinished: int) -> Path:
                     "model.moe.num_experts": [1, 2, 4, 8, 16, 32]})  # fmt: skip
     given = {"keep": "active_flops", "within": ["size"], "seeds": list(range(seeds))}
     config = freeze_sweep(given, axes)
-    points = make_grid(config, axes, make=lambda words: freeze(compose(words).settings), default_processes=1)
+    points = make_grid(config, axes, make=lambda words: _settings(*words), default_processes=1)
     sweep = open_sweep(directory, config, points)
     draw = random.Random(0)
     for run in sweep.runs[: len(sweep.runs) - unfinished]:
@@ -94,7 +100,7 @@ def _made_sweep(seeds: int, unfinished: int) -> Path:
         loss = 8 * point.active**-0.05 * (experts + 1) ** -0.02 * math.exp(draw.gauss(0, 0.002))
         place = sweep.run_dir(run)
         place.mkdir(parents=True)
-        write_run(resolve(freeze(compose(point.overrides).settings), default_processes=1), place)
+        write_run(resolve(_settings(*point.overrides), default_processes=1), place)
         trained = {"step": 1, "tokens": 1000, "loss": loss, "tokens_per_second": 1e6 / point.active}
         final = {"step": 1, "tokens": 1000, "final": True, "held_out_loss": loss, "bits_per_byte": loss / 2}
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (trained, final)))

@@ -19,6 +19,8 @@ from moetrain.checkpoint.state import Fragment
 from moetrain.cli import main as cli
 
 __all__ = ["place"]  # a fixture
+
+pytestmark = pytest.mark.slow
 ALONE = ["launch.processes=1", "batch.micro_batch=8", "checkpoint.keep=9", "schedule.steps=12"]
 
 

@@ -21,6 +21,8 @@ from moetrain.launch.lock import RunLock
 from moetrain.metrics.log import read_metrics
 from moetrain.sweep.state import Sweep
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model.d_model=16", "model.num_heads=2", "model.num_layers=1", "model.vocab_size=300", "model.context=16",
     "model.d_ff=32", "model.moe.d_expert=16", "launch.processes=1", "batch.global_batch=2", "schedule.warmup_steps=1",

@@ -20,6 +20,8 @@ from moetrain.plan.memory.device import memory_of
 from moetrain.plan.published import layout_of
 from moetrain.sources.text import expand, read_documents
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 SETTINGS = [
     "model.vocab_size=512", "model.context=32", "model.num_layers=2", "model.d_model=32", "model.num_heads=2",

@@ -18,6 +18,8 @@ from s3_server import BUCKET, serve
 from test_end_to_end import environment, final, losses, place, run, start, wait_for_step, workers
 
 __all__ = ["place"]  # a fixture
+
+pytestmark = pytest.mark.slow
 ALONE = ["launch.processes=1", "batch.micro_batch=8", "schedule.steps=12"]
 
 

@@ -16,6 +16,8 @@ from moetrain.errors import DataError
 from moetrain.launch.local import run_local
 from moetrain.sources.text import expand, read_documents
 
+pytestmark = pytest.mark.slow
+
 # 16 sequences in a block; the text has some 150, so that the runs go on into a second epoch
 STREAM = ["data.stream=true", "data.stream_block=512", "data.stream_window=4"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,18 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def setting_names() -> set[str]:
+@functools.cache
+def setting_names() -> frozenset[str]:
     """Every section and setting there is, dotted."""
-    return set(_names(RunConfig, ""))
+    return frozenset(_names(RunConfig, ""))
 
 
 def is_setting(name: str) -> bool:
     """Whether there is such a section or setting; names that a user gives, as of sources, are as good as any."""
-    return name in setting_names() or any(name.startswith(f"{each}.") for each in _named_by_users(RunConfig, ""))
+    return name in setting_names() or name.startswith(_beginnings_of_users_names())
 
 
-def suggest(name: str, known: set[str]) -> str:
+def suggest(name: str, known: Set[str]) -> str:
     """'; did you mean …' for the nearest known name, or nothing."""
     own, last = _last_part(name), {each: _last_part(each) for each in sorted(known)}
     # a name right but for its section is the commonest slip, then one cut short (experts for num_experts)
@@ -118,12 +120,18 @@ def read_run(directory: Path) -> RunConfig:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    """Cached, for it compiles the text of each annotation anew."""
+    return typing.get_type_hints(section)
+
+
 def _last_part(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
 def _names(section: type, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(section)
+    hints = _hints(section)
     for each in dataclasses.fields(section):
         yield prefix + each.name
         nested = _section_of(hints[each.name])
@@ -131,8 +139,13 @@ def _names(section: type, prefix: str) -> Iterator[str]:
             yield from _names(nested, f"{prefix}{each.name}.")
 
 
+@functools.cache
+def _beginnings_of_users_names() -> tuple[str, ...]:
+    return tuple(f"{each}." for each in _named_by_users(RunConfig, ""))
+
+
 def _named_by_users(section: type, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(section)
+    hints = _hints(section)
     for each in dataclasses.fields(section):
         nested = _section_of(hints[each.name])
         if nested is not None:
@@ -156,13 +169,13 @@ def _build(section: type, settings: Any, prefix: str, problems: list[str]) -> An
     if not isinstance(settings, dict):
         problems.append(f"'{prefix.rstrip('.')}' is {_shown(settings)}, but must be a section of settings")
         return None
-    hints = typing.get_type_hints(section)
+    hints = _hints(section)
     known = [each.name for each in dataclasses.fields(section)]
     in_run = section is RunConfig or bool(prefix)
     way_out = "; see `moetrain config` for those there are" if in_run else f": use {', '.join(known)}"
     for key in settings:
         if key not in known:
-            names = setting_names() if in_run else set(known)
+            names: Set[str] = setting_names() if in_run else set(known)
             if in_run and f"{prefix}{known[0]}" not in names:
                 names = {f"{prefix}{each}" for each in known}  # a section that the user named
             hint = suggest(f"{prefix}{key}", names)

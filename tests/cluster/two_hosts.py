@@ -7,6 +7,7 @@ a cluster share one. Needs root and the Debian packages iproute2, openssh-server
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,9 @@ class Hosts:
     def __init__(self, directory: Path, *, with_ssh: bool = True) -> None:
         self.directory = directory
         self._with_ssh = with_ssh
-        self._spaces = [f"moetrain-{os.getpid()}-{name}" for name in NAMES]
+        # of each pair its own: one process may make several
+        mark = secrets.token_hex(4)
+        self._spaces = [f"moetrain-{mark}-{name}" for name in NAMES]
         self._servers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Hosts:

@@ -234,6 +234,8 @@ def test_a_start_that_fails_is_told_and_ends_nothing(
 def test_the_real_library_writes_offline_under_the_run_directory_in_silence(
     tmp_path: Path, environment: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    # as in a process that has not used it yet, whatever ran here before
+    logging.getLogger("wandb").setLevel(logging.NOTSET)
     log = open_wandb(tmp_path, mode="auto", project="moetrain", name="tiny", config={"model": {"d_model": 64}})
     assert log is not None
     log.write({"step": 1, "loss": 2.5, "mfu": None, "load": [[0.25, 0.75]], "cv": [0.1]})

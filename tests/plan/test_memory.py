@@ -267,7 +267,7 @@ def test_a_real_run_takes_the_memory_that_was_planned(ranks, monkeypatch) -> Non
     # oneDNN's bf16 products keep a compiled kernel for every number of rows they ever see, on a CPU alone
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "1")
-    peaks = ranks(2, measure, MEASURED, time_limit=900.0)[0]
+    peaks = ranks(2, measure, MEASURED, time_limit=900.0, fresh=True)[0]
     off = {}
     for (name, layout), peak in zip(MEASURED, peaks, strict=True):
         model = MODELS[name]
@@ -313,7 +313,7 @@ def build(rank: int, in_parts: bool) -> list[float]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_at_zero_3_no_rank_ever_holds_the_whole_model(ranks) -> None:
-    (peak, left), (peak_of_all, left_of_all) = (ranks(2, build, in_parts)[0] for in_parts in (True, False))
+    (peak, left), (peak_of_all, left_of_all) = (ranks(2, build, in_parts, fresh=True)[0] for in_parts in (True, False))
     assert left == pytest.approx(0.5, abs=0.05)
     assert left_of_all == pytest.approx(0.5, abs=0.05)
     assert peak_of_all > 1

@@ -26,6 +26,8 @@ from moetrain.prepare.directory import prepare
 from moetrain.prepare.reading import Options
 from moetrain.sources import spool
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", " cat", "sat ", "\n", "é", "\U0001f600", " 1984", "<|endoftext|>", "  ", "ing"]
 
 

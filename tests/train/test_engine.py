@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from engines import LR, STEPS, Layout, assert_near, make_engine, micro_batch, pl
 
 from moetrain.train.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 def train_rank(rank: int, layouts: list[Layout]):
     """Every layout in turn: starting processes costs more than training these models."""
@@ -26,7 +29,7 @@ def train_rank(rank: int, layouts: list[Layout]):
         losses, norms = run_steps(engine, rank, accumulation=layout.accumulation, first=0, last=STEPS)
         results.append({"losses": losses, "norms": norms, "tensors": whole_tensors(engine)})
     built = [str(path) for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("*.so")]
-    return {"results": results, "built": built}
+    return {"results": results, "built": built, "compiler": "torch._inductor.compile_fx" in sys.modules}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def train_rank(rank: int, layouts: list[Layout]):
     ],
 )  # fmt: skip
 def test_every_layout_trains_as_a_plain_loop_does(ranks, world_size, layouts):
-    answer = ranks(world_size, train_rank, layouts)[0]
+    answer = ranks(world_size, train_rank, layouts, fresh=True)[0]
     for layout, found in zip(layouts, answer["results"], strict=True):
         expected = plain_loop(clip=layout.clip, model=layout.model)
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
@@ -61,6 +64,7 @@ def test_every_layout_trains_as_a_plain_loop_does(ranks, world_size, layouts):
             assert len(biases) == 2
             assert all(tensor.abs().max() > 0.03 for tensor in biases), "the load was skewed, and the biases moved"
     assert answer["built"] == [], "the engine compiled something; a lock left by a killed build would hang later runs"
+    assert not answer["compiler"], "the engine imported torch's compiler, which takes as long as all else at a start"
 
 
 def test_bf16_keeps_masters_in_float32_and_stays_near_the_plain_loop(ranks):

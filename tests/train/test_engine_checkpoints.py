@@ -15,6 +15,8 @@ from moetrain.config.checks import CHOICES
 from moetrain.model.objective import negative_log_likelihood
 from moetrain.train.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 def save_rank(rank: int, root: str, layout: Layout):
     engine, groups = make_engine(rank, layout)

@@ -20,6 +20,8 @@ from moetrain.launch.local import run_local
 from moetrain.sources.text import expand, read_documents
 from moetrain.watch.incidents import Incident, read_incidents
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 SETTINGS = [
     "data.text=corpus.jsonl", "data.held_out=0.2", "model.vocab_size=300", "model.context=32", "model.num_layers=2",

@@ -6,6 +6,9 @@ from outside, so that the layers know nothing of it.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +29,27 @@ def import_deepspeed() -> Any:
     # killed process leaves behind for ever). gloo serves as well here; tests/train/test_engine.py holds that this
     # private switch still works.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, as its engine does at its start whatever the optimizer is.
+
+    The module asks for compiled functions, for which torch would import its whole compiler: a third of the time that
+    a rank takes to start. No run here uses Muon. tests/train/test_engine.py holds that the compiler stays away.
+    """
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        # where a later DeepSpeed keeps it elsewhere, only the time is lost
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def group_name(expert_parallel: int) -> str:
