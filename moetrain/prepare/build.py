@@ -69,7 +69,7 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
     Args:
         work: a directory of this process's own.
         request: what is wanted.
-        progress: called with the stage (hash, read, tokenizer, baselines, encode, write), how much is done, and of how
+        progress: called with the stage (hash, read, tokenizer, encode, baselines, write), how much is done, and of how
             much; in bytes of the files for hash and read, of text for tokenizer and encode.
         say: called with a line for the user.
 

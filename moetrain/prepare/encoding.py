@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from moetrain.data.corpus import SPLITS, TOKENIZER, RoundTrip, Split, SplitWriter, token_dtype
 from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
-from moetrain.parallel.pool import Here, Pool
+from moetrain.parallel.pool import Done, Here, Pool, Task
 from moetrain.prepare.shards import ENCODED, Encoded, checksum, encoded_files
 from moetrain.sources.spool import Spool, damaged, read_json, write_json
 from moetrain.tokenization.fast import fast_encoder
@@ -48,43 +49,44 @@ def encode_all(
         OSError: the disk is full, or the like.
     """
     (work / ENCODED).mkdir(exist_ok=True)
-    baselines, is_right = _prepare(work, try_fast=fast, crew=crew, progress=progress, say=say)
+    is_right = fast and _is_right(work, crew=crew, progress=progress, say=say)
     if not _encode(work, spool, cut=cut, fast=is_right, crew=crew, progress=progress):
         _refuse_fast(work, say=say, why="it gave other ids for a document")
         crew.close()  # workers keep their encoder
         for index in range(len(spool.shards)):
             encoded_files(work, index)[2].unlink(missing_ok=True)
         _encode(work, spool, cut=cut, fast=False, crew=crew, progress=progress)
+    baselines = read_json(work / _BASELINES)
+    assert baselines is not None
     return baselines
 
 
-def _prepare(
-    work: Path, *, try_fast: bool, crew: Here | Pool, progress: Progress, say: Callable[[str], None]
-) -> tuple[dict[str, float], bool]:
-    """The baselines, and whether the faster encoder is there and gives the ids of the tokenizer."""
-    choice = read_json(work / _CHOICE) if try_fast else {"fast": False}
-    if choice is None:
-        fast = fast_encoder(load_tokenizer(work / TOKENIZER))
-        if fast.encode is None:
-            _refuse_fast(work, say=say, why=str(fast.reason))
-            choice = {"fast": False}
-    baselines = read_json(work / _BASELINES)
-    progress("baselines", 0 if baselines is None else 1, 1)
-    missing = [name for name, found in (("prove", choice), ("baselines", baselines)) if found is None]
-    for result in crew.run({"what": name, "directory": str(work)} for name in missing):
+def _is_right(work: Path, *, crew: Here | Pool, progress: Progress, say: Callable[[str], None]) -> bool:
+    """Whether the faster encoder is there and gives the ids of the tokenizer."""
+    choice = read_json(work / _CHOICE)
+    if choice is not None:
+        return bool(choice["fast"])
+    fast = fast_encoder(load_tokenizer(work / TOKENIZER))
+    if fast.encode is None:
+        _refuse_fast(work, say=say, why=str(fast.reason))
+        return False
+    (result,) = _run([{"what": "prove", "directory": str(work)}], work=work, crew=crew, progress=progress)
+    if not result.answer["same_ids"]:
+        _refuse_fast(work, say=say, why="it gave other ids for a sample")
+        return False
+    write_json(work / _CHOICE, {"fast": True})
+    return True
+
+
+def _run(tasks: Iterable[Task], *, work: Path, crew: Here | Pool, progress: Progress) -> Iterator[Done]:
+    """Have tasks done, and beside the first of them the baselines measured, if they are not."""
+    missing = [] if (work / _BASELINES).exists() else [{"what": "baselines", "directory": str(work)}]
+    for result in crew.run(itertools.chain(missing, tasks)):
         if result.task["what"] == "baselines":
-            baselines = result.answer
-            write_json(work / _BASELINES, baselines)
+            write_json(work / _BASELINES, result.answer)
             progress("baselines", 1, 1)
-            continue
-        choice = {"fast": result.answer["same_ids"]}
-        if choice["fast"]:
-            write_json(work / _CHOICE, choice)
         else:
-            _refuse_fast(work, say=say, why="it gave other ids for a sample")
-    assert baselines is not None
-    assert choice is not None
-    return baselines, bool(choice["fast"])
+            yield result
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def _encode(work: Path, spool: Spool, *, cut: int, fast: bool, crew: Here | Pool
     total = spool.num_bytes
     done = total - sum(spool.shards[index].bytes for index in pending)
     progress("encode", done, total)
-    for result in crew.run({**about, "shard": index} for index in pending):
+    tasks = ({**about, "shard": index} for index in pending)
+    for result in _run(tasks, work=work, crew=crew, progress=progress):
         if not result.answer["same_ids"]:
             return False
         done += spool.shards[result.task["shard"]].bytes

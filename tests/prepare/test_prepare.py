@@ -25,7 +25,7 @@ from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.prepare.directory import prepare, prepared_directory
 
 DOCUMENTS = [f"Document {number}: the cat sat on mat {number * number}, é.\n" * 5 for number in range(40)]
-STAGES = ["hash", "read", "tokenizer", "baselines", "encode", "write"]
+STAGES = ["hash", "read", "tokenizer", "encode", "baselines", "write"]
 
 
 class Crash(Exception):
