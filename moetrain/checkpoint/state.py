@@ -22,7 +22,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -279,10 +285,18 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "PosixPath" and module in ("pathlib", "pathlib._local"):
             return PosixPath  # Python 3.13 writes another module than all others
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format  # as Python 3.11.0 to 3.11.3 write a member of an enum
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of moetrain holds")
+
+
+def _memory_format(kind: Any, name: str) -> Any:
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"the index asks for {name} of {kind}, which no checkpoint of moetrain does")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 _INDEX_NAMES = {

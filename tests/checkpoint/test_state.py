@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from moetrain.checkpoint import state, store
 from moetrain.checkpoint.state import Fragment, load, newest_whole, save
@@ -231,6 +233,33 @@ def test_an_index_written_by_another_python_is_read(copy, module):
         (copy / ".metadata").write_bytes(index.replace(f"c{written}\n".encode(), f"c{module}\n".encode()))
     assert module.encode() in (copy / ".metadata").read_bytes()
     load(copy, fragments(WHOLE, step=0), group=None)
+
+
+class _OfEarly311(pickle._Pickler):
+    """Pickles members of an enum as Python 3.11.0 to 3.11.3 do, Debian 12's among them: by name."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_an_index_written_by_an_early_python_3_11_is_read(copy):
+    index = state._unpickle_index(copy / ".metadata")
+    with (copy / ".metadata").open("wb") as file:
+        _OfEarly311(file, protocol=4).dump(index)
+    assert b"getattr" in (copy / ".metadata").read_bytes()
+    load(copy, fragments(WHOLE, step=0), group=None)
+
+
+@pytest.mark.parametrize("asked", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "mro")])
+def test_what_an_index_may_ask_for_by_name_is_a_member_of_one_enum(copy, asked):
+    class Asks:
+        def __reduce__(self) -> Any:
+            return getattr, asked
+
+    (copy / ".metadata").write_bytes(pickle.dumps(Asks()))
+    told = message_of(lambda: load(copy, fragments(WHOLE, step=0), group=None))
+    assert f"the index asks for {asked[1]} of" in told
+    assert "which no checkpoint of moetrain does" in told
 
 
 def _faults(rank: int, root: Path) -> dict[str, str]:
