@@ -19,7 +19,7 @@ from moetrain.sources.text import Input, files_of, is_lines, is_tokenized, is_vi
 SMALL = 16 << 20
 """Bytes of text below which no process is started and no faster encoder proved: this one is done sooner."""
 
-_SHARDS = 64  # the text is cut into so many, within limits
+_SHARDS = 128  # the text is cut into so many, within limits: the last ones to be done leave few processes idle
 _TELL_EVERY = 1 << 22  # bytes between two words on how far reading is
 _PACKED = 4  # bytes of text that a byte of a compressed file may hold
 
