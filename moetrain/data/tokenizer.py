@@ -33,10 +33,6 @@ class TokenIds:
     lengths: npt.NDArray[np.int64]
     """[texts], tokens of each."""
 
-    def of_each(self) -> list[npt.NDArray[np.uint32]]:
-        """The ids of each text."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
-
 
 BatchEncoder = Callable[[list[str]], TokenIds]
 """Texts to their token ids."""

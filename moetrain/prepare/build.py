@@ -26,12 +26,12 @@ from moetrain.prepare.encoding import Progress, encode_all, write_token_files
 from moetrain.prepare.reading import (
     Options,
     hub_sha256,
-    is_small,
     pieces_of,
     shard_bytes,
     size_of,
     size_of_part,
     spool_task,
+    workers_for,
 )
 from moetrain.prepare.shards import BASELINE_TEXT, PLAN, SPOOL, Worker, kept_of, text_reader
 from moetrain.sources.hub import HubDataset
@@ -92,10 +92,9 @@ def build_token_files(work: Path, request: Request, *, progress: Progress, say: 
 
 def _crew(request: Request) -> Here | Pool:
     """Who does the work: this process where there is little."""
-    if is_small(request.inputs):
-        return Here(Worker().do)
-    workers = request.options.workers or len(os.sched_getaffinity(0))
-    return Pool("moetrain.prepare.shards", workers=workers)
+    most = request.options.workers or len(os.sched_getaffinity(0))
+    workers = workers_for(request.inputs, most=most)
+    return Pool("moetrain.prepare.shards", workers=workers) if workers else Here(Worker().do)
 
 
 def _build(

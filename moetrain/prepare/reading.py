@@ -74,10 +74,12 @@ def size_of_part(part: Part, inputs: list[Input]) -> int:
     return size_of(inputs[part.source]) if part.span is None else part.span.end - part.span.start
 
 
-def is_small(inputs: list[Input]) -> bool:
-    """Whether the text is surely less than ``SMALL``."""
+def workers_for(inputs: list[Input], *, most: int) -> int:
+    """Processes that are of use: none below ``SMALL``, else at most one for each of the smallest shards."""
+    if any(isinstance(source, HubDataset) for source in inputs):
+        return most
     about = sum(size_of(source) * (1 if _is_plain(source) else _PACKED) for source in inputs)
-    return about < SMALL and not any(isinstance(source, HubDataset) for source in inputs)
+    return 0 if about < SMALL else max(1, min(most, about // spool.SMALLEST))
 
 
 def shard_bytes(inputs: list[Input]) -> int:

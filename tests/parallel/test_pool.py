@@ -60,8 +60,7 @@ def is_alive(pid: int) -> bool:
 def test_workers_are_kept_for_the_next_round_and_gone_when_closed(pool: Pool) -> None:
     first = pids(pool)
     assert os.getpid() not in first
-    assert pids(pool) | first == first | pids(pool)
-    assert len(first | pids(pool)) <= 2
+    assert len(first | pids(pool) | pids(pool)) <= 2
     pool.close()
     assert not any(map(is_alive, first))
     assert not first & pids(pool), "tasks that come later start new ones"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.errors import DataError
-from moetrain.prepare.reading import Part, pieces_of, spool_piece, spool_task
+from moetrain.prepare.reading import Part, pieces_of, spool_piece, spool_task, workers_for
 from moetrain.sources.files import Span
 from moetrain.sources.spool import Spool, read_spool
 from moetrain.sources.text import texts_of
@@ -102,6 +102,16 @@ def test_small_files_share_a_piece_and_only_lines_are_cut(tmp_path):
         [Part(3, Span(100, 200))],
         [Part(3, Span(200, 250)), Part(4, None)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "most", "expected"), [("a.jsonl", 15, 8, 0), ("a.jsonl", 17, 8, 8), ("a.jsonl", 17, 99, 17),
+                                          ("a.jsonl.gz", 3, 99, 0), ("a.jsonl.gz", 5, 99, 20)]
+)  # fmt: skip
+def test_no_more_processes_are_started_than_there_can_be_shards(tmp_path, name, mib, most, expected):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(mib << 20)
+    assert workers_for([tmp_path / name], most=most) == expected
 
 
 @pytest.mark.parametrize(
