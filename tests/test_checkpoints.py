@@ -44,7 +44,7 @@ def copy_of(trained: Path, name: str, *, newest: int) -> Path:
 
 
 def tensor_of(directory: Path, name: str) -> torch.Tensor:
-    numel = state._Reader(directory).read_metadata().state_dict_metadata[name].size.numel()
+    numel = state.read_index(directory).state_dict_metadata[name].size.numel()
     found = torch.zeros(numel)
     state.load(directory, [Fragment(name, found, 0, numel)], group=None)
     return found

@@ -7,10 +7,13 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import mmap
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from moetrain.checkpoint import store
 
 _BLOCK = 8 << 20
 """Bytes of one write."""
+
+_VALUES = b"archive/data/0"
+_HEADER = struct.Struct("<4sHHHHHIIIHH")
 
 
 def on_storage_of_its_own(view: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ class _DigestedStream(io.RawIOBase):
         self._current, self._filled = 0, 0
         self._writer, self._digester = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "digest")
         # last: where there is no memory for the blocks, nobody would close it
-        self._file = _open_direct(path)
+        self._file = open_direct(path)
 
     def write(self, data: Any) -> int:
         rest = np.frombuffer(data, dtype=np.uint8)
@@ -126,7 +132,13 @@ class _DigestedStream(io.RawIOBase):
         self._busy[block] = []
 
 
-def _open_direct(path: Path) -> int:
+def open_direct(path: Path) -> int:
+    """A new file that is written past the page cache, in whole pages from memory that begins at one; through it where
+    the file system cannot.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
@@ -150,36 +162,66 @@ def _write_all(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def read_values(file: io.FileIO, target: Tensor, *, archive: tuple[int, int], first: int, dtype: torch.dtype) -> None:
-    """Fill a tensor from what torch.save has written, without a copy and without unpickling any of it.
+@dataclass(frozen=True)
+class Span:
+    """Values that torch.save has written, and where they go."""
 
-    Args:
-        file: open, without a buffer.
-        target: 1-D; on the host, contiguous and of the saved dtype it is read into directly.
-        archive: where torch.save began in the file, and how many bytes it wrote: a zip archive in which the values lie
-            uncompressed and in one piece.
-        first: index of the first value to read.
-        dtype: of the saved values.
+    path: Path
+    target: Tensor
+    """1-D; on the host, contiguous and of the saved dtype it is read into directly."""
+    archive: tuple[int, int]
+    """Where torch.save began in the file, and how many bytes it wrote: a zip archive in which the values lie
+    uncompressed and in one piece."""
+    first: int
+    """Index of the first value to read."""
+    dtype: torch.dtype
+    """Of the saved values."""
+
+
+def read_spans(spans: Iterable[Span]) -> None:
+    """Fill tensors from files, front to back, without a copy and without unpickling any of them.
 
     Raises:
-        ValueError: the file or the archive ends before the values do.
+        ValueError: a file or an archive ends before its values do.
+        OSError: a file cannot be read.
     """
-    is_in_place = target.is_cpu and target.is_contiguous() and target.dtype == dtype
-    values = target if is_in_place else torch.empty(target.shape, dtype=dtype)
-    offset, length = archive
-    begin = torch._C.PyTorchFileReader(_Window(file, offset, length)).get_record_offset("data/0")
-    begin += first * dtype.itemsize
-    if begin + values.nbytes > length:
-        raise ValueError(f"{file.name} holds {length:,} bytes of a tensor that must end at {begin + values.nbytes:,}")
+    ordered = sorted(spans, key=lambda span: (span.path, span.archive, span.first))
+    for path, of_file in itertools.groupby(ordered, key=lambda span: span.path):
+        with path.open("rb", buffering=0) as file:
+            for span in of_file:
+                _read(file, span)
+
+
+def _read(file: io.FileIO, span: Span) -> None:
+    target, (offset, length) = span.target, span.archive
+    is_in_place = target.is_cpu and target.is_contiguous() and target.dtype == span.dtype
+    values = target if is_in_place else torch.empty(target.shape, dtype=span.dtype)
+    begin = _begin(file, offset, length) + span.first * span.dtype.itemsize
+    if (end := begin + values.nbytes) > length:
+        raise ValueError(f"{span.path} holds {length:,} bytes of a tensor that must end at {end:,}")
     file.seek(offset + begin)
     rest = memoryview(values.view(torch.uint8).numpy())
     while rest:
         count = file.readinto(rest)
         if not count:
-            raise ValueError(f"{file.name} ends in the middle of a tensor")
+            raise ValueError(f"{span.path} ends in the middle of a tensor")
         rest = rest[count:]
     if values is not target:
         target.copy_(values)
+
+
+def _begin(file: io.FileIO, offset: int, length: int) -> int:
+    """Where the values begin in an archive."""
+    # the directory of a zip file lies at its end: to look there first would make the kernel read ahead in vain, so
+    # the values are sought by the header before them (PKWARE's APPNOTE 4.3.7), which torch writes in the first bytes
+    file.seek(offset)
+    head = file.read(min(1024, length))
+    at = head.find(_VALUES) - _HEADER.size
+    if at >= 0:
+        signature, _, _, method, *_, name_size, extra_size = _HEADER.unpack_from(head, at)
+        if (signature, method, name_size) == (b"PK\x03\x04", 0, len(_VALUES)):
+            return at + _HEADER.size + name_size + extra_size
+    return int(torch._C.PyTorchFileReader(_Window(file, offset, length)).get_record_offset("data/0"))
 
 
 class _Window(io.RawIOBase):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import store
 from moetrain.checkpoint.certificate import Certificate, differences, probe_differences
-from moetrain.checkpoint.state import Fragment, load, newest_whole, read_index
+from moetrain.checkpoint.state import Fragment, load, newest_first, newest_whole, passed_over, read_index
 from moetrain.config.schema import RunConfig
 from moetrain.errors import CheckpointError
 
@@ -26,7 +26,7 @@ def find(
     warn: Callable[[str], None],
     accept: Callable[[store.Manifest], bool] = lambda manifest: True,
 ) -> Found | None:
-    """The newest whole checkpoint of the run; None: there is none. Every rank calls it.
+    """The newest whole checkpoint of the run; None: there is none. Every rank calls it, and digests its share.
 
     Args:
         data: digests of the token files and the tokenizer.
@@ -37,17 +37,31 @@ def find(
     Raises:
         CheckpointError: on every rank; the newest one is of another run.
     """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    candidates = newest_first(root, warn=warn, accept=accept)
+    while (found := from_first(lambda: next(candidates, None), group=group)) is not None:
+        directory, manifest = found
+        damage = _damage(directory, manifest.files[rank::world_size])
+        told: list[CheckpointError | None] = [None] * world_size
+        dist.all_gather_object(told, damage, group=group)
+        damaged = [each for each in told if each is not None]
+        if not damaged:
+            if foreign := store.foreign(manifest, run=run, data=data):
+                raise CheckpointError(
+                    f"{directory} {foreign}; set it back, or choose another name=… or run_dir=… for another run"
+                )
+            return directory, manifest
+        if rank == 0:
+            warn(passed_over(directory, damaged[0]))
+    return None
 
-    def read() -> Found | None:
-        found = newest_whole(root, warn=warn, accept=accept)
-        if found is not None and (foreign := store.foreign(found[1], run=run, data=data)):
-            raise CheckpointError(
-                f"{found[0]} {foreign}; set it back, or choose another name=… or run_dir=… for another run"
-            )
-        return found
 
-    result: Found | None = from_first(read, group=group)
-    return result
+def _damage(directory: Path, files: list[store.FileDigest]) -> CheckpointError | None:
+    try:
+        store.check_files(directory, files)
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def from_first(read: Callable[[], Any], *, group: dist.ProcessGroup) -> Any:

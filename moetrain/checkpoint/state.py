@@ -2,8 +2,9 @@
 
 Every rank holds contiguous intervals of flattened global tensors (experts lead their tensor, so a rank's experts are
 one interval, and so is a ZeRO share of them). A checkpoint stores those intervals under global names, through
-torch.distributed.checkpoint; any other layout reads the intervals it needs. Names are ``PARAMETER/fp32``,
-``PARAMETER/exp_avg`` and ``PARAMETER/exp_avg_sq``, and ``NAME/state`` for what routers keep beside their parameters.
+torch.distributed.checkpoint; any other layout reads the intervals it needs, and asks no other rank for them. Names are
+``PARAMETER/fp32``, ``PARAMETER/exp_avg`` and ``PARAMETER/exp_avg_sq``, and ``NAME/state`` for what routers keep beside
+their parameters.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -28,19 +28,13 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.utils.serialization import config
 
 from moetrain.checkpoint import store
-from moetrain.checkpoint.files import DigestedFiles, on_storage_of_its_own, read_values
+from moetrain.checkpoint.files import DigestedFiles, Span, on_storage_of_its_own, read_spans
 from moetrain.errors import CheckpointError
 
 
@@ -93,8 +87,10 @@ def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest
     # see to it themselves that they are on the disk
     writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=True, per_thread_copy_ahead=0)
     writer.fs = files = DigestedFiles()
-    state = _by_name(fragments)
-    _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
+    state = {name: _Interval.of(each) for name, each in _by_name(fragments).items()}
+    # the manifest holds a digest of every byte: torch's own sums would be a second one, for a fifth of the time
+    with config.patch("save.compute_crc32", False):
+        _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
     digests: list[Any] = [None] * dist.get_world_size(group)
     own = [digest for digest in files.digests if digest.name.startswith(f"__{dist.get_rank()}_")]
     dist.all_gather_object(digests, own, group=group)
@@ -109,27 +105,55 @@ def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest
 
 
 def load(directory: Path, fragments: Iterable[Fragment], *, group: dist.ProcessGroup | None) -> None:
-    """Fill the views from a checkpoint of any layout.
+    """Fill the views from a checkpoint of any layout. Every rank reads the intervals it needs, and nothing else.
 
     Args:
         group: all ranks, on a backend that moves host memory; None: this process alone reads.
 
     Raises:
-        CheckpointError: a tensor is missing or has another size.
+        CheckpointError: on every rank; on one of them a tensor is missing, has another size, or cannot be read.
     """
-    state = _by_name(fragments)
+    wanted = _by_name(fragments)
+    failure = None
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for without a group
-            dcp.load(state, storage_reader=_Reader(directory), process_group=group, no_dist=group is None)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        rank = 0 if group is None else dist.get_rank()
-        if any(name.endswith("/exp_avg") for name in state) and not store.read_manifest(directory).has_moments:
-            raise CheckpointError(
-                f"{directory} holds the weights alone (it was written by `moetrain checkpoint reshard … "
-                "moments=false`): it can be evaluated and sampled from; train from the one it was made of"
-            ) from error
-        raise CheckpointError(f"{directory} does not fit this model: {_cause(error, rank=rank)}") from error
+        index = _unpickle_index(directory / ".metadata")
+        read_spans(span for each in wanted.values() for span in _spans(directory, index, each))
+    except Exception as error:  # a damaged index raises whatever its bytes happen to say
+        failure = _cause(error, rank=0 if group is None else dist.get_rank())
+    if group is not None:
+        failure = _first_failure(failure, group)
+    if failure is None:
+        return
+    if any(name.endswith("/exp_avg") for name in wanted) and not store.read_manifest(directory).has_moments:
+        raise CheckpointError(
+            f"{directory} holds the weights alone (it was written by `moetrain checkpoint reshard … "
+            "moments=false`): it can be evaluated and sampled from; train from the one it was made of"
+        )
+    raise CheckpointError(f"{directory} does not fit this model: {failure}")
+
+
+def _spans(directory: Path, index: Metadata, wanted: Fragment) -> Iterator[Span]:
+    """Where the values of a fragment lie."""
+    saved = index.state_dict_metadata.get(wanted.name)
+    if not isinstance(saved, TensorStorageMetadata):
+        raise ValueError(f"it holds no {wanted.name}")
+    if saved.size.numel() != wanted.global_numel:
+        raise ValueError(
+            f"{wanted.name} has {saved.size.numel():,} values there, but {wanted.global_numel:,} in the model"
+        )
+    begin, end, found = wanted.offset, wanted.offset + wanted.view.numel(), 0
+    for chunk in saved.chunks:
+        (offset,), (size,) = chunk.offsets, chunk.sizes
+        first, last = max(begin, offset), min(end, offset + size)
+        if first < last:
+            place = index.storage_data[MetadataIndex(wanted.name, chunk.offsets)]
+            yield Span(
+                path=directory / place.relative_path, archive=(place.offset, place.length), first=first - offset,
+                target=wanted.view.detach()[first - begin : last - begin], dtype=saved.properties.dtype,
+            )  # fmt: skip
+            found += last - first
+    if found != wanted.view.numel():
+        raise ValueError(f"of {wanted.name} it holds {found:,} of the {wanted.view.numel():,} values from {begin:,} on")
 
 
 def read_index(directory: Path) -> Metadata:
@@ -145,21 +169,41 @@ def read_index(directory: Path) -> Metadata:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def newest_whole(
-    root: Path, *, warn: Any, accept: Callable[[store.Manifest], bool] = lambda manifest: True
-) -> tuple[Path, store.Manifest] | None:
-    """The newest checkpoint whose files all match their digests; damaged ones are named through ``warn``.
+def newest_whole(root: Path, *, warn: Callable[[str], None]) -> tuple[Path, store.Manifest] | None:
+    """The newest checkpoint whose files all match their digests; damaged ones are named through ``warn``."""
+    for directory, manifest in newest_first(root, warn=warn):
+        try:
+            store.check_files(directory, manifest.files)
+        except CheckpointError as error:
+            warn(passed_over(directory, error))
+        else:
+            return directory, manifest
+    return None
+
+
+def newest_first(
+    root: Path, *, warn: Callable[[str], None], accept: Callable[[store.Manifest], bool] = lambda manifest: True
+) -> Iterator[tuple[Path, store.Manifest]]:
+    """Checkpoints that may be whole, as their manifests say; whether they are shows ``store.check_files``.
 
     Args:
+        warn: names those without a manifest that can be read.
         accept: which of them may be taken.
     """
     for directory in reversed(store.whole_checkpoints(root)):
         try:
-            if accept(store.read_manifest(directory)):
-                return directory, store.verify(directory)
+            manifest = store.read_manifest(directory)
+            store.check_name(directory, manifest)
         except CheckpointError as error:
-            warn(f"checkpoint {directory.name} is damaged and passed over: {error}")
-    return None
+            warn(passed_over(directory, error))
+        else:
+            if accept(manifest):
+                yield directory, manifest
+
+
+def passed_over(directory: Path, error: CheckpointError) -> str:
+    """What a user is told of a damaged checkpoint."""
+    return f"checkpoint {directory.name} is damaged and passed over: {error}"
 
 
 def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
@@ -170,15 +214,19 @@ def _agree(action: Any, group: dist.ProcessGroup, root: Path) -> Any:
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         # now, before the half-written files are cleared away
         failure = f"{_cause(error, rank=dist.get_rank())}; {_free_space(root)}"
-    failures: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, failure, group=group)
-    for message in failures:
-        if message is not None:
-            raise CheckpointError(
-                f"the checkpoint could not be written to {root} ({message}); earlier checkpoints are untouched: free "
-                "space or choose another run_dir, then run the same command again"
-            )
+    failure = _first_failure(failure, group)
+    if failure is not None:
+        raise CheckpointError(
+            f"the checkpoint could not be written to {root} ({failure}); earlier checkpoints are untouched: free "
+            "space or choose another run_dir, then run the same command again"
+        )
     return result
+
+
+def _first_failure(own: str | None, group: dist.ProcessGroup) -> str | None:
+    failures: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, own, group=group)
+    return next((each for each in failures if each is not None), None)
 
 
 def _free_space(root: Path) -> str:
@@ -198,12 +246,12 @@ def _cause(error: BaseException, *, rank: int) -> str:
     return f"rank {rank}: {type(error).__name__}: {error}".strip(": ")
 
 
-def _by_name(fragments: Iterable[Fragment]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
+def _by_name(fragments: Iterable[Fragment]) -> dict[str, Fragment]:
+    held: dict[str, Fragment] = {}
     for fragment in fragments:
-        assert fragment.name not in state, f"this rank holds two intervals of {fragment.name}"
-        state[fragment.name] = _Interval.of(fragment)
-    return state
+        assert fragment.name not in held, f"this rank holds two intervals of {fragment.name}"
+        held[fragment.name] = fragment
+    return held
 
 
 class _Interval(Tensor):
@@ -234,44 +282,8 @@ class _Interval(Tensor):
         index = MetadataIndex(name, torch.Size([self.offset]))
         return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
         return on_storage_of_its_own(self.as_subclass(Tensor))
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the index through an unpickler that can build the index's own classes and nothing else, and values straight
-    into their place: the interval that is asked for and no more, and nothing of a tensor is unpickled."""
-
-    _index: Metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _unpickle_index(Path(self.path) / ".metadata")
-
-    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
-        super().set_up_storage_reader(metadata, *args, **kwargs)
-        self._index = metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        for name, items in by_file.items():
-            with (Path(self.path) / name).open("rb", buffering=0) as file:
-                for item in sorted(items, key=lambda each: self.storage_data[each.storage_index].offset):
-                    target = planner.resolve_tensor(item).detach()
-                    saved = self._index.state_dict_metadata[item.storage_index.fqn]
-                    place = self.storage_data[item.storage_index]
-                    read_values(
-                        file, target, archive=(place.offset, place.length), first=item.storage_offsets[0],
-                        dtype=saved.properties.dtype,
-                    )  # fmt: skip
-                    planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
 
 def _unpickle_index(path: Path) -> Metadata:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.checkpoint.files import DigestedFiles, on_storage_of_its_own, read_values
+from moetrain.checkpoint.files import DigestedFiles, Span, on_storage_of_its_own, read_spans
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 
@@ -36,10 +36,17 @@ def test_any_interval_is_read_from_the_middle_of_a_file(tmp_path, dtype):
     for first, count in ((0, 1000), (0, 1), (999, 1), (333, 333), (5, 0)):
         for target_dtype in (dtype, torch.float64):
             target = torch.zeros(count + 2, dtype=target_dtype)
-            with path.open("rb", buffering=0) as file:
-                read_values(file, target[1:-1], archive=(777, length), first=first, dtype=dtype)
+            read_spans([Span(path, target[1:-1], archive=(777, length), first=first, dtype=dtype)])
             assert torch.equal(target[1:-1], whole[first : first + count].to(target_dtype))
             assert target[0] == target[-1] == 0
+
+
+def test_values_that_begin_where_torch_does_not_put_them_today_are_found(tmp_path):
+    whole = torch.arange(100)
+    torch.save({"long" * 1000: whole}, tmp_path / "values")
+    target, length = torch.zeros(99, dtype=torch.int64), (tmp_path / "values").stat().st_size
+    read_spans([Span(tmp_path / "values", target, archive=(0, length), first=1, dtype=torch.int64)])
+    assert torch.equal(target, whole[1:])
 
 
 @pytest.mark.parametrize(("first", "cut", "message"), [(900, 0, "must end at"), (0, 1000, None)])
@@ -48,8 +55,8 @@ def test_values_that_are_not_all_there_are_told(tmp_path, first, cut, message):
     torch.save(values(torch.float32), path)
     length = path.stat().st_size
     path.write_bytes(path.read_bytes()[: length - cut])
-    with path.open("rb", buffering=0) as file, pytest.raises((ValueError, RuntimeError), match=message):
-        read_values(file, torch.zeros(1000), archive=(0, length), first=first, dtype=torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        read_spans([Span(path, torch.zeros(1000), archive=(0, length), first=first, dtype=torch.float32)])
 
 
 @pytest.mark.parametrize("size", [1, 3_000_000], ids=["small", "large"])

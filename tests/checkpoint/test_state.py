@@ -154,7 +154,7 @@ def test_what_several_ranks_hold_is_written_once(saved):
     # each interval is a file of torch.save of its own inside, of some 1.3 KB beside the values
     assert bytes_of_values < written < bytes_of_values + 2000 * 9
     assert held_twice * 4 < 2000
-    index = state._Reader(saved).read_metadata()
+    index = state.read_index(saved)
     assert len(index.state_dict_metadata["b.w/exp_avg"].chunks) == 1
 
 
