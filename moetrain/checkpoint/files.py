@@ -20,9 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
-
-from moetrain.checkpoint import store
 
 _BLOCK = 8 << 20
 """Bytes of one write."""
@@ -42,25 +39,22 @@ def on_storage_of_its_own(view: Tensor) -> Tensor:
     return torch.from_numpy(view.view(torch.uint8).numpy()).view(view.dtype)
 
 
-class DigestedFiles(FileSystem):
-    """Files that are on the disk when they are closed, digested on the way there, so that nothing is read again."""
+@contextlib.contextmanager
+def digested_stream(path: Path) -> Iterator[DigestedStream]:
+    """A file that is on the disk when it is closed, digested on the way there, so that nothing is read again.
 
-    def __init__(self) -> None:
-        self.digests: list[store.FileDigest] = []
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        assert mode == "wb", mode
-        stream = _DigestedStream(Path(path))
-        try:
-            yield stream
-            stream.finish()
-        finally:
-            stream.release()
-        self.digests.append(store.FileDigest(name=Path(path).name, size=stream.size, sha256=stream.sha256.hexdigest()))
+    Raises:
+        OSError: it cannot be written.
+    """
+    stream = DigestedStream(path)
+    try:
+        yield stream
+        stream.finish()
+    finally:
+        stream.release()
 
 
-class _DigestedStream(io.RawIOBase):
+class DigestedStream(io.RawIOBase):
     """A file written front to back in blocks, past the page cache where the file system allows it.
 
     One thread fills a block while others write and digest the ones before; all of them leave Python's lock to the
@@ -70,7 +64,7 @@ class _DigestedStream(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.size, self.sha256 = 0, hashlib.sha256()
+        self.size, self._sha256 = 0, hashlib.sha256()
         self._blocks = [mmap.mmap(-1, _BLOCK) for _ in range(3)]
         self._arrays = [np.frombuffer(block, dtype=np.uint8) for block in self._blocks]
         self._busy: list[list[Future[Any]]] = [[] for _ in self._blocks]
@@ -93,6 +87,10 @@ class _DigestedStream(io.RawIOBase):
     def tell(self) -> int:
         return self.size
 
+    def digest(self) -> str:
+        """sha256 of what was written, in hexadecimal digits; once it is on the disk."""
+        return self._sha256.hexdigest()
+
     def finish(self) -> None:
         """Write what is left, and wait until all is on the disk.
 
@@ -107,13 +105,10 @@ class _DigestedStream(io.RawIOBase):
         os.fsync(self._file)
 
     def release(self) -> None:
-        """Let go of file and threads. Not ``close``, which torch.distributed.checkpoint calls after each tensor."""
+        """Let go of file and threads."""
         for each in (self._writer, self._digester):
             each.shutdown(cancel_futures=True)
         os.close(self._file)
-
-    def close(self) -> None:
-        """Nothing: see ``release``."""
 
     def _send(self) -> None:
         block = memoryview(self._blocks[self._current])
@@ -121,7 +116,7 @@ class _DigestedStream(io.RawIOBase):
         whole = -(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE
         self._busy[self._current] = [
             self._writer.submit(_write_all, self._file, block[:whole]),
-            self._digester.submit(self.sha256.update, block[: self._filled]),
+            self._digester.submit(self._sha256.update, block[: self._filled]),
         ]
         self._current, self._filled = (self._current + 1) % len(self._blocks), 0
         self._wait(self._current)

@@ -41,7 +41,7 @@ def find(
     candidates = newest_first(root, warn=warn, accept=accept)
     while (found := from_first(lambda: next(candidates, None), group=group)) is not None:
         directory, manifest = found
-        damage = _damage(directory, manifest.files[rank::world_size])
+        damage = _damage(directory, store.share_of(manifest.files, rank=rank, world_size=world_size))
         told: list[CheckpointError | None] = [None] * world_size
         dist.all_gather_object(told, damage, group=group)
         damaged = [each for each in told if each is not None]

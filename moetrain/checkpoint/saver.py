@@ -8,7 +8,6 @@ The copy lies in host memory that is taken once and used by every save. There is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -156,20 +155,13 @@ class Saver:
         for directory in first(lambda: remote.missing(there, self._root, self._retention)):
             step = store.step_of(directory)
             first(lambda step=step: there.clear(step))
-            _on_all(lambda directory=directory: there.upload(directory, _share(directory, self._group)), self._group)
+            _on_all(lambda directory=directory: there.upload(directory, self._share(directory)), self._group)
             first(lambda directory=directory: there.commit(directory))
         first(lambda: remote.prune(there, self._root, self._retention))
 
-
-def _share(directory: Path, group: dist.ProcessGroup) -> list[store.FileDigest]:
-    """This rank's own files, and where fewer ranks run than wrote the checkpoint, some of the others'."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    share = []
-    for each in store.read_manifest(directory).files:
-        match = re.match(r"__(\d+)_", each.name)
-        if (int(match[1]) if match else 0) % world_size == rank:
-            share.append(each)
-    return share
+    def _share(self, directory: Path) -> list[store.FileDigest]:
+        files = store.read_manifest(directory).files
+        return store.share_of(files, rank=dist.get_rank(self._group), world_size=dist.get_world_size(self._group))
 
 
 def _on_all(action: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:

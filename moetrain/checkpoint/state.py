@@ -13,6 +13,7 @@ import io
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
@@ -30,12 +32,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.utils.serialization import config
 
 from moetrain.checkpoint import store
-from moetrain.checkpoint.files import DigestedFiles, Span, on_storage_of_its_own, read_spans
+from moetrain.checkpoint.files import Span, digested_stream, on_storage_of_its_own, read_spans
 from moetrain.errors import CheckpointError
+
+_FILES = 2
+"""That a rank writes at once: a disk can be faster than one core's digest."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,11 @@ def save(
 def _save(root: Path, fragments: Iterable[Fragment], *, manifest: store.Manifest, group: dist.ProcessGroup) -> Path:
     _agree(lambda: store.open_partial(root, manifest.step) if dist.get_rank() == 0 else None, group, root)
     partial = store.partial_directory(root, manifest.step)
-    # nothing copied ahead: that would open, in a thread whose device is not set, a context on the first GPU; our files
-    # see to it themselves that they are on the disk
-    writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=True, per_thread_copy_ahead=0)
-    writer.fs = files = DigestedFiles()
+    writer = _Writer(partial)
     state = {name: _Interval.of(each) for name, each in _by_name(fragments).items()}
-    # the manifest holds a digest of every byte: torch's own sums would be a second one, for a fifth of the time
-    with config.patch("save.compute_crc32", False):
-        _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
+    _agree(lambda: dcp.save(state, storage_writer=writer, process_group=group), group, root)
     digests: list[Any] = [None] * dist.get_world_size(group)
-    own = [digest for digest in files.digests if digest.name.startswith(f"__{dist.get_rank()}_")]
-    dist.all_gather_object(digests, own, group=group)
+    dist.all_gather_object(digests, writer.digests, group=group)
 
     def commit() -> None:
         if dist.get_rank() == 0:
@@ -252,6 +253,47 @@ def _by_name(fragments: Iterable[Fragment]) -> dict[str, Fragment]:
         assert fragment.name not in held, f"this rank holds two intervals of {fragment.name}"
         held[fragment.name] = fragment
     return held
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes a rank's intervals into files of its own, digested on the way; the first rank adds the index."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, sync_files=False, overwrite=True)
+        self.digests: list[store.FileDigest] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        shares: list[list[tuple[WriteItem, Tensor]]] = [[] for _ in range(_FILES)]
+        sizes = [0] * _FILES
+        for item, values in sorted(((each, planner.resolve_data(each)) for each in plan.items), key=_largest_first):
+            smaller = sizes.index(min(sizes))
+            shares[smaller].append((item, values))
+            sizes[smaller] += values.nbytes
+        names = [f"__{dist.get_rank()}_{number}.distcp" for number in range(_FILES)]
+        if all(values.is_cpu for share in shares for _, values in share):
+            with ThreadPoolExecutor(_FILES, "write") as pool:
+                written = list(pool.map(self._write, names, shares))
+        else:  # a thread whose device is not set would open a context on the first GPU
+            written = list(map(self._write, names, shares))
+        self.digests = [digest for digest, _ in written]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([each for _, results in written for each in results])
+        return done
+
+    def _write(self, name: str, share: list[tuple[WriteItem, Tensor]]) -> tuple[store.FileDigest, list[WriteResult]]:
+        results = []
+        # the digest covers every byte: torch's own sums would be a second one, for a fifth of the time
+        with digested_stream(Path(self.path) / name) as stream, config.patch("save.compute_crc32", False):
+            for item, values in share:
+                begin = stream.size
+                torch.save(values.cpu(), stream)
+                place = _StorageInfo(relative_path=name, offset=begin, length=stream.size - begin)
+                results.append(WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place))
+        return store.FileDigest(name=name, size=stream.size, sha256=stream.digest()), results
+
+
+def _largest_first(written: tuple[WriteItem, Tensor]) -> int:
+    return -written[1].nbytes
 
 
 class _Interval(Tensor):

@@ -195,6 +195,16 @@ def check_files(directory: Path, files: Iterable[FileDigest]) -> None:
             pool.shutdown(cancel_futures=True)  # of what is damaged the rest need not be read
 
 
+def share_of(files: Iterable[FileDigest], *, rank: int, world_size: int) -> list[FileDigest]:
+    """The files that a rank wrote itself, and where fewer ranks run than wrote the checkpoint, some of the others'."""
+    share = []
+    for each in files:
+        match = re.match(r"__(\d+)_", each.name)
+        if (int(match[1]) if match else 0) % world_size == rank:
+            share.append(each)
+    return share
+
+
 def check_name(directory: Path, manifest: Manifest) -> None:
     """Hold the name of a checkpoint's directory against the step in its manifest.
 

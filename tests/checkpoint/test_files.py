@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.checkpoint.files import DigestedFiles, Span, on_storage_of_its_own, read_spans
+from moetrain.checkpoint.files import Span, digested_stream, on_storage_of_its_own, read_spans
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 
@@ -61,21 +61,18 @@ def test_values_that_are_not_all_there_are_told(tmp_path, first, cut, message):
 
 @pytest.mark.parametrize("size", [1, 3_000_000], ids=["small", "large"])
 def test_the_digest_is_that_of_the_file(tmp_path, size):
-    files, path = DigestedFiles(), tmp_path / "values"
-    with files.create_stream(path, "wb") as stream:
+    path = tmp_path / "values"
+    with digested_stream(path) as stream:
         torch.save(values(torch.float32, size), stream)
         stream.write(b"the end")
     content = path.read_bytes()
     assert content.endswith(b"the end")
-    (digest,) = files.digests
-    assert (digest.name, digest.size, digest.sha256) == ("values", len(content), hashlib.sha256(content).hexdigest())
+    assert (stream.size, stream.digest()) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def test_a_write_that_fails_leaves_no_digest():
-    files = DigestedFiles()
-    with pytest.raises(OSError, match="No space left"), files.create_stream(Path("/dev/full"), "wb") as stream:
+def test_a_write_that_fails_is_told_when_the_file_ends():
+    with pytest.raises(OSError, match="No space left"), digested_stream(Path("/dev/full")) as stream:
         stream.write(b"x" * 1_000_000)
-    assert files.digests == []
 
 
 def test_a_file_cut_short_in_the_middle_of_a_page_tells_the_cause_and_lets_go(tmp_path):
@@ -84,7 +81,7 @@ def test_a_file_cut_short_in_the_middle_of_a_page_tells_the_cause_and_lets_go(tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, hard))  # as a disk that is full there
     content = b"x" * 30_000_000
     try:
-        with pytest.raises(OSError, match="File too large"), DigestedFiles().create_stream(tmp_path / "x", "wb") as s:
+        with pytest.raises(OSError, match="File too large"), digested_stream(tmp_path / "x") as s:
             s.write(content)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -102,7 +99,7 @@ def test_without_memory_for_the_blocks_no_file_stays_open(tmp_path, monkeypatch)
 
     monkeypatch.setattr("moetrain.checkpoint.files.mmap.mmap", little)
     descriptors = os.listdir("/proc/self/fd")
-    with pytest.raises(OSError, match="Cannot allocate"), DigestedFiles().create_stream(tmp_path / "x", "wb"):
+    with pytest.raises(OSError, match="Cannot allocate"), digested_stream(tmp_path / "x"):
         pass
     assert os.listdir("/proc/self/fd") == descriptors
 
@@ -116,7 +113,7 @@ def test_no_block_is_filled_anew_before_a_slow_disk_has_it(tmp_path, monkeypatch
 
     monkeypatch.setattr("moetrain.checkpoint.files.os.write", slow)
     content = os.urandom(40_000_000)
-    with DigestedFiles().create_stream(tmp_path / "x", "wb") as stream:
+    with digested_stream(tmp_path / "x") as stream:
         stream.write(content)
     assert (tmp_path / "x").read_bytes() == content
 
@@ -134,11 +131,11 @@ def test_direct_writes_that_a_file_system_refuses_or_cuts_short_are_gone_on_with
         return write(file, data[: most or None])
 
     monkeypatch.setattr("moetrain.checkpoint.files.os.write", strict)
-    content, files = os.urandom(9_000_001), DigestedFiles()
-    with files.create_stream(tmp_path / "x", "wb") as stream:
+    content = os.urandom(9_000_001)
+    with digested_stream(tmp_path / "x") as stream:
         stream.write(content)
     assert (tmp_path / "x").read_bytes() == content
-    assert files.digests[0].sha256 == hashlib.sha256(content).hexdigest()
+    assert stream.digest() == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

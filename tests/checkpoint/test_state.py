@@ -132,7 +132,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 def test_what_two_ranks_saved_two_others_load_bit_by_bit(saved):
     names = sorted(path.name for path in saved.iterdir())
-    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
+    assert names == [".metadata", "__0_0.distcp", "__0_1.distcp", "__1_0.distcp", "__1_1.distcp", "manifest.json"]
     assert {file.name for file in store.verify(saved).files} == set(names) - {"manifest.json"}
 
 
