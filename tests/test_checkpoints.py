@@ -60,9 +60,9 @@ def swap_two_experts(directory: Path) -> None:
     names = [f"blocks.0.feed_forward.experts.{each}/fp32" for each in ("w_in", "w_out")]
     for name in names:
         tensor = tensor_of(directory, name)
-        (shard,) = directory.glob("*.distcp")
-        content, size = bytearray(shard.read_bytes()), tensor.numel() // 4  # 4 experts
-        raw = tensor.numpy().tobytes()
+        raw, size = tensor.numpy().tobytes(), tensor.numel() // 4  # 4 experts
+        (shard,) = (each for each in directory.glob("*.distcp") if raw in each.read_bytes())
+        content = bytearray(shard.read_bytes())
         at, expert = content.index(raw), 4 * size
         content[at : at + 2 * expert] = raw[expert : 2 * expert] + raw[:expert]
         shard.write_bytes(content)

@@ -113,7 +113,7 @@ class TestShow:
         done = checkpoint("show runs/tiny step=2")
         assert (done.returncode, done.stderr) == (0, "")
         for text in ("step        2, after 256 tokens", "ranks 2, expert parallel 2, ZeRO-1", "4 experts, top-2",
-                     "holds       fp32 weights and both Adam moments", "files       3, "):  # fmt: skip
+                     "holds       fp32 weights and both Adam moments", "files       5, "):  # fmt: skip
             assert text in done.stdout
         # 2 blocks: 4 experts of 3 x 32 x 32, a router of 4 x 32, 4 attention maps of 32 x 32, 2 norms of 32
         experts, router = 2 * 4 * 3 * 32 * 32, 2 * 4 * 32

@@ -21,7 +21,7 @@ END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 # In characters. While it works the library holds some 170 bytes for each character of what it is given at once.
 _PIECE = 1 << 16
-_GROUP = 1 << 21
+_GROUP = 1 << 17
 
 
 @dataclass(frozen=True)
