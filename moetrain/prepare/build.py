@@ -22,7 +22,7 @@ from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, tr
 from moetrain.errors import DataError
 from moetrain.parallel.pool import Here, Pool
 from moetrain.prepare.dedup import mark_duplicates
-from moetrain.prepare.encoding import Progress, encode_all, write_token_files
+from moetrain.prepare.encoding import Progress, Written, write_token_files
 from moetrain.prepare.reading import (
     Options,
     hub_sha256,
@@ -119,26 +119,26 @@ def _build(
     tokenizer = _tokenizer(work, spool, request=request, cut=cut, given=given, progress=progress)
     _baseline_texts(work, spool, cut=cut)
     fast = options.fast_encoder and isinstance(crew, Pool) and not is_tokenized(request.inputs[0])
-    measured = encode_all(work, spool, cut=cut, fast=fast, crew=crew, progress=progress, say=say)
-    _finish(work, tokenizer, shards=len(spool.shards), measured=measured, sources=sources,
-            left_out=spool.passed_over | duplicates, is_ours=given is None, progress=progress)  # fmt: skip
+    (work / OUT).mkdir(exist_ok=True)
+    written, measured = write_token_files(
+        work, work / OUT, spool, cut=cut, fast=fast, crew=crew, progress=progress, say=say
+    )
+    _finish(work, tokenizer, written=written, measured=measured, sources=sources,
+            left_out=spool.passed_over | duplicates, is_ours=given is None)  # fmt: skip
 
 
 def _finish(
     work: Path,
     tokenizer: Tokenizer,
     *,
-    shards: int,
+    written: Written,
     measured: dict[str, float],
     sources: tuple[SourceFile, ...],
     left_out: dict[str, int],
     is_ours: bool,
-    progress: Progress,
 ) -> None:
-    """Put everything of a prepared directory into ``work / OUT``."""
+    """Put what makes token files a prepared directory beside them."""
     out = work / OUT
-    out.mkdir(exist_ok=True)
-    written = write_token_files(work, out, shards=shards, progress=progress)
     found = written.round_trip
     assert not is_ours or found.same == found.tried, f"a byte-level tokenizer lost text: {found}"
     seen = [(work / name).stat().st_size for name in BASELINE_TEXT]

@@ -23,8 +23,18 @@ _CHOICE = "encoder.json"
 Progress = Callable[[str, int, int | None], None]
 
 
-def encode_all(
+@dataclass(frozen=True)
+class Written:
+    """Both splits as they lie in the new directory, and what was found on the way."""
+
+    train: Split
+    held_out: Split
+    round_trip: RoundTrip
+
+
+def write_token_files(
     work: Path,
+    out: Path,
     spool: Spool,
     *,
     cut: int,
@@ -32,33 +42,39 @@ def encode_all(
     crew: Here | Pool,
     progress: Progress,
     say: Callable[[str], None],
-) -> dict[str, float]:
-    """Encode every shard that is not, and measure the baselines beside; returns those, in bits per byte.
+) -> tuple[Written, dict[str, float]]:
+    """Encode every shard that is not, put them together, and measure the baselines beside.
 
     Args:
         work: with the tokenizer and the texts for the baselines.
-        spool: of it.
+        out: a directory for the files of the splits.
+        spool: of ``work``.
         cut: documents with a place below it are held out.
         fast: whether to use the faster encoder where it gives the same ids.
         crew: who does it.
-        progress: told "encode" and bytes of text, and "baselines".
+        progress: told "encode" and bytes of text, "baselines", and "write" and shards.
         say: told once why a faster encoder is not used, where one could be.
 
+    Returns:
+        What was written, and the baselines in bits per byte.
+
     Raises:
-        DataError: a worker process was killed.
+        DataError: a worker process was killed, or an encoded shard is damaged.
         OSError: the disk is full, or the like.
     """
     (work / ENCODED).mkdir(exist_ok=True)
     is_right = fast and _is_right(work, crew=crew, progress=progress, say=say)
-    if not _encode(work, spool, cut=cut, fast=is_right, crew=crew, progress=progress):
+    written = _write(work, out, spool, cut=cut, fast=is_right, crew=crew, progress=progress)
+    if written is None:
         _refuse_fast(work, say=say, why="it gave other ids for a document")
         crew.close()  # workers keep their encoder
         for index in range(len(spool.shards)):
             encoded_files(work, index)[2].unlink(missing_ok=True)
-        _encode(work, spool, cut=cut, fast=False, crew=crew, progress=progress)
+        written = _write(work, out, spool, cut=cut, fast=False, crew=crew, progress=progress)
     baselines = read_json(work / _BASELINES)
+    assert written is not None
     assert baselines is not None
-    return baselines
+    return written, baselines
 
 
 def _is_right(work: Path, *, crew: Here | Pool, progress: Progress, say: Callable[[str], None]) -> bool:
@@ -89,64 +105,76 @@ def _run(tasks: Iterable[Task], *, work: Path, crew: Here | Pool, progress: Prog
             yield result
 
 
-@dataclass(frozen=True)
-class Written:
-    """Both splits as they lie in the new directory, and what was found on the way."""
-
-    train: Split
-    held_out: Split
-    round_trip: RoundTrip
-
-
-def write_token_files(work: Path, out: Path, *, shards: int, progress: Progress) -> Written:
-    """Put the encoded shards together, in order.
-
-    Args:
-        work: with every shard encoded.
-        out: an empty directory, for the files of the splits.
-        shards: how many there are.
-        progress: told "write" and shards.
-    """
-    vocab_size = vocabulary_size(load_tokenizer(work / TOKENIZER))
-    tried = same = 0
-    with ExitStack() as stack:
-        writers = [stack.enter_context(SplitWriter(out, split=split, vocab_size=vocab_size)) for split in SPLITS]
-        for index in range(shards):
-            bin_path, rows_path, about = encoded_files(work, index)
-            values = read_json(about)
-            assert values is not None, about
-            encoded = Encoded(**values)
-            tokens = np.fromfile(bin_path, dtype=token_dtype(vocab_size))
-            lengths = np.load(rows_path, allow_pickle=False)
-            if checksum(tokens, lengths) != encoded.crc:
-                raise damaged(bin_path)
-            token, document = 0, 0
-            for part, writer in enumerate(writers):
-                token_end, document_end = token + encoded.tokens[part], document + encoded.documents[part]
-                writer.add_many(
-                    tokens[token:token_end], lengths=lengths[document:document_end], num_bytes=encoded.bytes[part]
-                )
-                token, document = token_end, document_end
-            tried, same = tried + encoded.tried, same + encoded.same
-            progress("write", index + 1, shards)
-        train, held_out = (writer.finish() for writer in writers)
-    return Written(train=train, held_out=held_out, round_trip=RoundTrip(tried=tried, same=same))
-
-
-def _encode(work: Path, spool: Spool, *, cut: int, fast: bool, crew: Here | Pool, progress: Progress) -> bool:
-    """Whether the faster encoder, if it was used, gave the right ids throughout."""
+def _write(
+    work: Path, out: Path, spool: Spool, *, cut: int, fast: bool, crew: Here | Pool, progress: Progress
+) -> Written | None:
+    """None: the faster encoder gave other ids."""
     pending = [index for index in range(len(spool.shards)) if not encoded_files(work, index)[2].exists()]
     about = {"what": "encode", "directory": str(work), "cut": cut, "fast": fast}
     total = spool.num_bytes
     done = total - sum(spool.shards[index].bytes for index in pending)
     progress("encode", done, total)
     tasks = ({**about, "shard": index} for index in pending)
-    for result in _run(tasks, work=work, crew=crew, progress=progress):
-        if not result.answer["same_ids"]:
-            return False
-        done += spool.shards[result.task["shard"]].bytes
-        progress("encode", done, total)
-    return True
+    with _Together(work, out, shards=len(spool.shards)) as together:
+        for result in _run(tasks, work=work, crew=crew, progress=progress):
+            if not result.answer["same_ids"]:
+                return None
+            done += spool.shards[result.task["shard"]].bytes
+            progress("encode", done, total)
+            # now, while the others encode: at the end everyone would wait for it
+            together.take_ready()
+        together.take_ready()
+        return together.finish(progress)
+
+
+class _Together:
+    """The encoded shards, put together in order as they come."""
+
+    def __init__(self, work: Path, out: Path, *, shards: int) -> None:
+        self._work, self._out, self._shards = work, out, shards
+        self._vocab_size = vocabulary_size(load_tokenizer(work / TOKENIZER))
+        self._next = self._tried = self._same = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Together:
+        with self._stack as opening:
+            self._writers = [
+                opening.enter_context(SplitWriter(self._out, split=split, vocab_size=self._vocab_size))
+                for split in SPLITS
+            ]
+            self._stack = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def take_ready(self) -> None:
+        """Add the next shards that are encoded."""
+        while self._next < self._shards and (values := read_json(encoded_files(self._work, self._next)[2])) is not None:
+            self._add(self._next, Encoded(**values))
+            self._next += 1
+
+    def _add(self, index: int, encoded: Encoded) -> None:
+        bin_path, rows_path, _ = encoded_files(self._work, index)
+        tokens = np.fromfile(bin_path, dtype=token_dtype(self._vocab_size))
+        lengths = np.load(rows_path, allow_pickle=False)
+        if checksum(tokens, lengths) != encoded.crc:
+            raise damaged(bin_path)
+        token, document = 0, 0
+        for part, writer in enumerate(self._writers):
+            token_end, document_end = token + encoded.tokens[part], document + encoded.documents[part]
+            writer.add_many(
+                tokens[token:token_end], lengths=lengths[document:document_end], num_bytes=encoded.bytes[part]
+            )
+            token, document = token_end, document_end
+        self._tried, self._same = self._tried + encoded.tried, self._same + encoded.same
+
+    def finish(self, progress: Progress) -> Written:
+        """Bring everything to the disk."""
+        assert self._next == self._shards, (self._next, self._shards)
+        progress("write", self._shards, self._shards)
+        train, held_out = (writer.finish() for writer in self._writers)
+        return Written(train=train, held_out=held_out, round_trip=RoundTrip(tried=self._tried, same=self._same))
 
 
 def _refuse_fast(work: Path, *, say: Callable[[str], None], why: str) -> None:

@@ -116,15 +116,22 @@ from moetrain.prepare.reading import Options
 from pathlib import Path
 reading.SMALL, spool.SMALLEST = 0, 2000
 print("started", flush=True)
+
+def progress(stage, done, total):
+    print(stage, done, total, flush=True)
+    if stage == "write":
+        sys.stdin.readline()
+
 prepare(Path(sys.argv[1]), text=[sys.argv[2]], text_column="text", held_out=0.2, vocab_size=400, tokenizer=None,
-        progress=lambda stage, done, total: print(stage, done, total, flush=True), options=Options(workers=2))
+        progress=progress, options=Options(workers=2))
 """
 
 
 def start(directory: Path, text: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(directory), text], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-c", SCRIPT, str(directory), text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def read_until(process: subprocess.Popen[str], stage: str, times: int) -> int:
@@ -153,16 +160,14 @@ def workers_of(directory: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("stage", "times"), [("read", 1), ("tokenizer", 2), ("encode", 4), ("write", 2)])
+@pytest.mark.parametrize(("stage", "times"), [("read", 1), ("tokenizer", 2), ("encode", 4), ("write", 1)])
 def test_a_process_killed_at_any_moment_is_gone_on_with_and_leaves_no_worker(stage, times, tmp_path, monkeypatch):
     monkeypatch.setenv("MARK", str(tmp_path))
     text = write_rows(tmp_path / "rows.jsonl", some_documents(400))
     process = start(tmp_path / "p", text)
     assert read_until(process, stage, times) == times
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+    process.communicate()
     assert not (tmp_path / "p").exists()
     deadline = time.monotonic() + 20
     while workers_of(tmp_path) and time.monotonic() < deadline:
@@ -173,7 +178,7 @@ def test_a_process_killed_at_any_moment_is_gone_on_with_and_leaves_no_worker(sta
     again = start(tmp_path / "p", text)
     assert read_until(again, "write", 1) == 1
     assert {path: path.stat().st_mtime_ns for path in done} == done  # what was done was not done again
-    again.communicate()
+    again.communicate("go on\n")
     assert again.returncode == 0
     monkeypatch.setattr(reading, "SMALL", 1 << 30)
     run(tmp_path / "unbroken", text)
@@ -293,25 +298,27 @@ def test_filters_that_leave_nothing_are_named(tmp_path):
         run(tmp_path / "p", text, min_characters=10_000)
 
 
-@pytest.mark.parametrize("name", ["spool/000000-000000.text", "encoded/000000.bin"])
-def test_work_that_was_damaged_meanwhile_is_found(name, tmp_path, tiny_shards):
+@pytest.mark.parametrize(
+    ("name", "stage"), [("spool/000000-000000.text", "read"), ("encoded/000000.bin", "write")], ids=["spool", "encoded"]
+)
+def test_work_that_was_damaged_meanwhile_is_found(name, stage, tmp_path, tiny_shards):
     text = write_rows(tmp_path / "rows.jsonl", some_documents(300))
 
-    def damage(stage: str, done: int, total: int | None) -> None:
-        path = tmp_path / "p.partial-0" / name
-        if stage == "encode" and done == total and name.startswith("encoded"):
-            content = bytearray(path.read_bytes())
-            content[3] ^= 1
-            path.write_bytes(content)
-        if stage == "read" and done == total and name.startswith("spool") and path.exists():
-            content = bytearray(path.read_bytes())
-            content[3] ^= 1
-            path.write_bytes(content)
+    def stop(at: str, done: int, total: int | None) -> None:
+        if at == stage and done == total:
+            raise KeyboardInterrupt
 
+    settings: dict[str, Any] = {
+        "text": [text], "text_column": "text", "held_out": 0.2, "vocab_size": 400, "tokenizer": None,
+        "options": Options(workers=2),
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "p", progress=stop, **settings)
+    path = tmp_path / "p.partial-0" / name
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
     with pytest.raises(DataError, match="was damaged since it was written"):
-        prepare(
-            tmp_path / "p", text=[text], text_column="text", held_out=0.2, vocab_size=400, tokenizer=None,
-            progress=damage, options=Options(workers=2),
-        )  # fmt: skip
+        prepare(tmp_path / "p", progress=lambda *_: None, **settings)
     assert not (tmp_path / "p").exists()
     run(tmp_path / "p", text)
