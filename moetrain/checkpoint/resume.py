@@ -35,16 +35,22 @@ def find(
         accept: which of them may be taken.
 
     Raises:
-        CheckpointError: on every rank; the newest one is of another run.
+        CheckpointError: on every rank; the newest one is of another run, or a rank does not see it.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     candidates = newest_first(root, warn=warn, accept=accept)
     while (found := from_first(lambda: next(candidates, None), group=group)) is not None:
         directory, manifest = found
         damage = _damage(directory, store.share_of(manifest.files, rank=rank, world_size=world_size))
-        told: list[CheckpointError | None] = [None] * world_size
-        dist.all_gather_object(told, damage, group=group)
-        damaged = [each for each in told if each is not None]
+        told: list[tuple[bool, CheckpointError | None]] = [(False, None)] * world_size
+        dist.all_gather_object(told, (directory.is_dir(), damage), group=group)
+        for other, (is_seen, _) in enumerate(told):
+            if not is_seen:  # else a disk that is not mounted would make a run begin anew
+                raise CheckpointError(
+                    f"rank {other} does not find {directory}, which the first rank reads: run_dir must be a directory "
+                    "that all nodes share"
+                )
+        damaged = [each for _, each in told if each is not None]
         if not damaged:
             if foreign := store.foreign(manifest, run=run, data=data):
                 raise CheckpointError(

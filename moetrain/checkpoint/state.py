@@ -260,7 +260,7 @@ class _Writer(dcp.FileSystemWriter):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, sync_files=False, overwrite=True)
-        self.digests: list[store.FileDigest] = []
+        self.digests: list[store.FileDigest] = []  # of what was written: the results of write_data have no place for it
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         shares: list[list[tuple[WriteItem, Tensor]]] = [[] for _ in range(_FILES)]

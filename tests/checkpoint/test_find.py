@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moetrain.checkpoint import resume, store
 from moetrain.checkpoint.state import Fragment, save
 from moetrain.config.freeze import to_dict
+from moetrain.errors import CheckpointError
 
 STEPS = (1, 2, 3)
 
@@ -75,6 +76,22 @@ def test_the_ranks_share_the_reading(ranks: Any, tmp_path: Path):
     files = sorted(f"step_00000003/{name}" for name in os.listdir(store.step_directory(root, 3)))
     assert sorted(first + second) == [each for each in files if not each.endswith(store.MANIFEST)]
     assert second == ["step_00000003/__1_0.distcp", "step_00000003/__1_1.distcp"], "what it wrote, and loads next"
+
+
+def _find_below(rank: int, places: list[Path]) -> str:
+    os.chdir(places[rank])
+    with pytest.raises(CheckpointError) as told:
+        _find(rank, Path("checkpoints"))
+    return str(told.value)
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_is_no_damage(ranks: Any, tmp_path: Path):
+    """As on a node where the shared disk is not mounted: to pass all checkpoints over would begin the run anew."""
+    ranks(2, _write, tmp_path / "shared" / "checkpoints")
+    (tmp_path / "local").mkdir()
+    first, second = ranks(2, _find_below, [tmp_path / "shared", tmp_path / "local"])
+    assert first == second
+    assert first.startswith("rank 1 does not find checkpoints/step_00000003, which the first rank reads: run_dir must")
 
 
 def test_where_all_are_damaged_there_is_none(ranks: Any, tmp_path: Path):
