@@ -174,17 +174,27 @@ class Span:
 
 
 def read_spans(spans: Iterable[Span]) -> None:
-    """Fill tensors from files, front to back, without a copy and without unpickling any of them.
+    """Fill tensors from files, each front to back, without a copy and without unpickling any of them.
+
+    Two files are read at once: what one core can move may be less than what comes from the disk.
 
     Raises:
         ValueError: a file or an archive ends before its values do.
         OSError: a file cannot be read.
     """
     ordered = sorted(spans, key=lambda span: (span.path, span.archive, span.first))
-    for path, of_file in itertools.groupby(ordered, key=lambda span: span.path):
-        with path.open("rb", buffering=0) as file:
-            for span in of_file:
-                _read(file, span)
+    of_files = [list(each) for _, each in itertools.groupby(ordered, key=lambda span: span.path)]
+    if all(span.target.is_cpu for span in ordered):
+        with ThreadPoolExecutor(2, "read") as pool:
+            list(pool.map(_read_file, of_files))
+    else:  # a thread whose device is not set would open a context on the first GPU
+        list(map(_read_file, of_files))
+
+
+def _read_file(spans: list[Span]) -> None:
+    with spans[0].path.open("rb", buffering=0) as file:
+        for span in spans:
+            _read(file, span)
 
 
 def _read(file: io.FileIO, span: Span) -> None:
