@@ -31,8 +31,7 @@ _HEADER = struct.Struct("<4sHHHHHIIIHH")
 def on_storage_of_its_own(view: Tensor) -> Tensor:
     """The same memory, as a tensor that ends where its storage does.
 
-    torch.save writes whole storages, and so torch.distributed.checkpoint makes copies of views into longer ones, all of
-    them at once: as much memory again as the state.
+    torch.save writes whole storages: of a view into a longer one, all of that.
     """
     if not view.is_cpu:
         return view
