@@ -154,6 +154,9 @@ def test_what_several_ranks_hold_is_written_once(saved):
     # each interval is a file of torch.save of its own inside, of some 1.3 KB beside the values
     assert bytes_of_values < written < bytes_of_values + 2000 * 9
     assert held_twice * 4 < 2000
+    first, second = ((saved / f"__0_{number}.distcp").stat().st_size for number in (0, 1))
+    assert first > 4 * 3000, "the longest tensor fills one file"
+    assert second > 2 * 1600 + 4 * 64, "and the other takes the rest"
     index = state.read_index(saved)
     assert len(index.state_dict_metadata["b.w/exp_avg"].chunks) == 1
 
