@@ -124,8 +124,9 @@ def _measure(settings: CheckpointSettings, root: Path) -> Report:
                 timed = action()
             for name, value in timed.items():
                 peaks.setdefault(name, peak[0])
+                seconds.setdefault(name, [])
                 if turn:
-                    seconds.setdefault(name, []).append(value)
+                    seconds[name].append(value)
     sizes = {"torch.save": root / "torch.pt", "DeepSpeed save_checkpoint": root / "deepspeed"}
     sizes |= dict.fromkeys(
         [name for name in seconds if name.startswith("moetrain") and "stall" not in name], root / "ours"
@@ -138,7 +139,7 @@ def _measure(settings: CheckpointSettings, root: Path) -> Report:
             num_bytes=_size(sizes[name]) if name in sizes else num_bytes,
             peak_extra_bytes=peaks[name],
         )
-        for name, values in ((name, seconds[name]) for name in peaks)
+        for name, values in seconds.items()
     ]
     return Report(parameters=parameters, rows=rows, load=os.getloadavg())
 

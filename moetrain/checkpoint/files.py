@@ -83,9 +83,6 @@ class DigestedStream(io.RawIOBase):
                 self._send()
         return len(data)
 
-    def tell(self) -> int:
-        return self.size
-
     def digest(self) -> str:
         """sha256 of what was written, in hexadecimal digits; once it is on the disk."""
         return self._sha256.hexdigest()
