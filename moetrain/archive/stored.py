@@ -6,10 +6,7 @@ node has. Here only the index is taken from it; values are read where they lie i
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from moetrain.checkpoint.files import Span, read_spans
 from moetrain.checkpoint.state import read_index
 from moetrain.errors import CheckpointError
 
@@ -94,7 +92,6 @@ class Stored:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors = dict(_tensors(directory))
-        self._values: dict[Piece, int] = {}
 
     def read(self, name: str, begin: int, end: int) -> Tensor:
         """Elements ``begin`` to ``end`` of the flattened tensor, 1-D, in the dtype they are stored in.
@@ -116,15 +113,9 @@ class Stored:
 
     def _fill(self, out: Tensor, piece: Piece, *, skip: int) -> None:
         path = self.directory / piece.file
-        values = out.view(torch.uint8).numpy().data
         try:
-            with path.open("rb") as file:
-                if piece not in self._values:
-                    self._values[piece] = _find_values(file, piece, nbytes=piece.numel * out.itemsize)
-                file.seek(self._values[piece] + skip * out.itemsize)
-                if file.readinto(values) != len(values):
-                    raise ValueError("the file ends within a tensor")
-        except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+            read_spans([Span(path, out, archive=(piece.position, piece.length), first=skip, dtype=out.dtype)])
+        except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} cannot be read at byte {piece.position:,}: {error}") from None
 
 
@@ -154,48 +145,3 @@ def _tensors(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
                                 position=record.offset, length=record.length))  # fmt: skip
         pieces.sort(key=lambda piece: (piece.offset, piece.numel))
         yield name, StoredTensor(numel=found.size[0], dtype=found.properties.dtype, pieces=tuple(pieces))
-
-
-def _find_values(file: io.BufferedReader, piece: Piece, *, nbytes: int) -> int:
-    """Where in the file the values of an interval begin: its record is a file of torch.save, a zip archive that holds
-    them as they are. The pickle beside them is not read: the index has told dtype and length."""
-    with zipfile.ZipFile(_Record(file, piece)) as archive:
-        entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-        sizes = [(entry.compress_type, entry.file_size) for entry in entries]
-        if sizes != [(zipfile.ZIP_STORED, nbytes)]:
-            raise ValueError(f"the record holds {sum(size for _, size in sizes):,} bytes, not {nbytes:,}")
-        header = piece.position + entries[0].header_offset
-    # the local header repeats the name and pads the values to a round address (APPNOTE.TXT, section 4.3.7)
-    file.seek(header + 26)
-    name_length, extra_length = struct.unpack("<HH", file.read(4))
-    return header + 30 + int(name_length) + int(extra_length)
-
-
-class _Record(io.RawIOBase):
-    """Part of a file, as a file."""
-
-    def __init__(self, file: io.BufferedReader, piece: Piece) -> None:
-        self._file, self._start, self._length, self._at = file, piece.position, piece.length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if self._at < 0:
-            raise ValueError("the record is too short")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        self._file.seek(self._start + self._at)
-        wanted = min(len(view), max(0, self._length - self._at))
-        read = self._file.readinto(view[:wanted])
-        self._at += read
-        return read

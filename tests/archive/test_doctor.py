@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import torch
 from moetrain.archive import stored as stored_module
 from moetrain.archive.doctor import Check, examine
 from moetrain.archive.expected import expected_tensors
-from moetrain.archive.stored import Stored
+from moetrain.archive.stored import Piece, Stored
 from moetrain.checkpoint import state, store
 
 W_IN, W_OUT = (f"blocks.1.feed_forward.experts.{name}" for name in ("w_in", "w_out"))
@@ -48,15 +49,22 @@ def sign(directory: Path, **changed: Any) -> None:
     (directory / store.MANIFEST).write_text(json.dumps(content))
 
 
+def begin_of(directory: Path, piece: Piece) -> int:
+    """Where in its file the values of an interval begin, as torch finds them."""
+    with (directory / piece.file).open("rb") as file:
+        file.seek(piece.position)
+        record = io.BytesIO(file.read(piece.length))
+    return piece.position + int(torch._C.PyTorchFileReader(record).get_record_offset("data/0"))
+
+
 def poke(directory: Path, name: str, at: int, values: torch.Tensor) -> None:
     """Write values over those in the files, and sign."""
     stored = Stored(directory)
-    stored.read(name, 0, stored.tensors[name].numel)
     for piece in stored.tensors[name].pieces:
         begin, end = max(at, piece.offset), min(at + values.numel(), piece.end)
         if begin < end:
             with (directory / piece.file).open("r+b") as file:
-                file.seek(stored._values[piece] + (begin - piece.offset) * values.itemsize)
+                file.seek(begin_of(directory, piece) + (begin - piece.offset) * values.itemsize)
                 file.write(values[begin - at : end - at].numpy().tobytes())
     assert torch.equal(
         Stored(directory).read(name, at, at + values.numel()).view(torch.uint8), values.view(torch.uint8)
@@ -102,9 +110,8 @@ def truncate(directory: Path) -> None:
 
 def flip_bit(directory: Path) -> None:
     """Of a weight's last digit: the value stays a plausible one."""
-    stored = Stored(directory)
-    stored.read(f"{DENSE}/fp32", 0, 1)
-    (piece, at), *_ = stored._values.items()
+    piece = Stored(directory).tensors[f"{DENSE}/fp32"].pieces[0]
+    at = begin_of(directory, piece)
     content = bytearray((directory / piece.file).read_bytes())
     content[at] ^= 1
     (directory / piece.file).write_bytes(content)
