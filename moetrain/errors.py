@@ -25,6 +25,10 @@ class CheckpointError(MoetrainError):
     """A checkpoint that cannot be written, is not whole, or does not fit the run."""
 
 
+class FormatError(CheckpointError):
+    """A checkpoint that another version of moetrain wrote: it is no damage, and nothing older may take its place."""
+
+
 class LaunchError(MoetrainError):
     """The processes of a run could not be started, or one of them died."""
 

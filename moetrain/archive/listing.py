@@ -148,7 +148,7 @@ def description(directory: Path, manifest: store.Manifest, run: RunConfig) -> It
         yield f"  data        {name} {digest[:12]}"
     yield f"  files       {len(manifest.files)}, {sum(each.size for each in manifest.files):,} bytes"
     for each in manifest.files:
-        yield f"    {each.size:>16,}  {each.name}  {each.sha256[:12]}"
+        yield f"    {each.size:>16,}  {each.name}  {each.xxh128[:12]}"
 
 
 def changed_settings(one: store.Manifest, two: store.Manifest) -> dict[str, tuple[Any, Any]]:

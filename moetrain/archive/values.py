@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import xxhash
 from torch import Tensor
 
 from moetrain.archive.stored import Stored, blocks
@@ -101,7 +101,7 @@ def _compare_tensor(name: str, first: Stored, second: Stored) -> Difference:
 class _Slice:
     """One expert of a tensor, or all of a tensor without experts, as far as it was read."""
 
-    hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    hash: xxhash.xxh128 = field(default_factory=xxhash.xxh128)
     is_zero: bool = True
 
 

@@ -1,9 +1,10 @@
 """`moetrain bench checkpoint`: what saving and loading cost, against the disk, the memory and others, in one process.
 
 Every contestant writes the same state (fp32 weights and both Adam moments of one model, after a step), and is done when
-its files are on the disk (fsync; DeepSpeed leaves that out, so it is done for it and counted). They take turns, and
-each figure is a median over the turns. The model is dense, since DeepSpeed cannot save experts that are not its own; to
-a checkpoint of ours an expert is an interval like any other.
+its files are on the disk (fsync; DeepSpeed leaves that out, so it is done for it and counted) and those of the turn
+before are gone, which a disk may take long for. They take turns, and each figure is a median over the turns. The model
+is dense, since DeepSpeed cannot save experts that are not its own; to a checkpoint of ours an expert is an interval like
+any other.
 """
 
 from __future__ import annotations
@@ -194,12 +195,15 @@ def _savers(
         return {"torch.save": seconds[0]}
 
     def deepspeed() -> dict[str, float]:
-        shutil.rmtree(root / "deepspeed", ignore_errors=True)
+        before = root / "deepspeed.before"
+        if (root / "deepspeed").exists():
+            os.rename(root / "deepspeed", before)
         with _timer() as seconds:
             # not offered by our Engine: nothing but this comparison wants it
             engine._engine.save_checkpoint(str(root / "deepspeed"), tag="bench")
             for path in (root / "deepspeed").rglob("*"):
                 _sync(path)
+            shutil.rmtree(before, ignore_errors=True)
         return {"DeepSpeed save_checkpoint": seconds[0]}
 
     return [copy, write, save_beside, save_waiting, torch_save, deepspeed]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import io
 import itertools
 import mmap
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 _BLOCK = 8 << 20
@@ -56,19 +56,18 @@ def digested_stream(path: Path) -> Iterator[DigestedStream]:
 class DigestedStream(io.RawIOBase):
     """A file written front to back in blocks, past the page cache where the file system allows it.
 
-    One thread fills a block while others write and digest the ones before; all of them leave Python's lock to the
-    training thread. Through the page cache the same bytes would be copied once more, and wait until the end to be
-    written.
+    One thread digests and fills a block while another writes the one before; both leave Python's lock to the training
+    thread. Through the page cache the same bytes would be copied once more, and wait until the end to be written.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.size, self._sha256 = 0, hashlib.sha256()
+        self.size, self._digest = 0, xxhash.xxh128()
         self._blocks = [mmap.mmap(-1, _BLOCK) for _ in range(3)]
         self._arrays = [np.frombuffer(block, dtype=np.uint8) for block in self._blocks]
-        self._busy: list[list[Future[Any]]] = [[] for _ in self._blocks]
+        self._busy: list[Future[None] | None] = [None] * len(self._blocks)
         self._current, self._filled = 0, 0
-        self._writer, self._digester = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "digest")
+        self._writer = ThreadPoolExecutor(1, "write")
         # last: where there is no memory for the blocks, nobody would close it
         self._file = open_direct(path)
 
@@ -77,6 +76,7 @@ class DigestedStream(io.RawIOBase):
         self.size += rest.nbytes
         while rest.nbytes:
             taken = min(rest.nbytes, _BLOCK - self._filled)
+            self._digest.update(rest[:taken])
             np.copyto(self._arrays[self._current][self._filled : self._filled + taken], rest[:taken])
             self._filled, rest = self._filled + taken, rest[taken:]
             if self._filled == _BLOCK:
@@ -84,8 +84,8 @@ class DigestedStream(io.RawIOBase):
         return len(data)
 
     def digest(self) -> str:
-        """sha256 of what was written, in hexadecimal digits; once it is on the disk."""
-        return self._sha256.hexdigest()
+        """XXH128 of what was written, in hexadecimal digits."""
+        return self._digest.hexdigest()
 
     def finish(self) -> None:
         """Write what is left, and wait until all is on the disk.
@@ -102,25 +102,20 @@ class DigestedStream(io.RawIOBase):
 
     def release(self) -> None:
         """Let go of file and threads."""
-        for each in (self._writer, self._digester):
-            each.shutdown(cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
         os.close(self._file)
 
     def _send(self) -> None:
         block = memoryview(self._blocks[self._current])
         # direct writes are of whole pages; what is too much is cut off at the end
         whole = -(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._busy[self._current] = [
-            self._writer.submit(_write_all, self._file, block[:whole]),
-            self._digester.submit(self._sha256.update, block[: self._filled]),
-        ]
+        self._busy[self._current] = self._writer.submit(_write_all, self._file, block[:whole])
         self._current, self._filled = (self._current + 1) % len(self._blocks), 0
         self._wait(self._current)
 
     def _wait(self, block: int) -> None:
-        for each in self._busy[block]:
-            each.result()
-        self._busy[block] = []
+        if (busy := self._busy[block]) is not None:
+            busy.result()
 
 
 def open_direct(path: Path) -> int:

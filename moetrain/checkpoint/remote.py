@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 
 from moetrain.checkpoint import store
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.errors import CheckpointError, ConfigError, FormatError
 
 _AT_ONCE = 8
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -143,7 +143,7 @@ class Remote:
             with self._said(f"/{_name(step)}/{expected.name} cannot be copied to {partial}"):
                 self._files.get_file(self._path(step, expected.name), str(partial / expected.name))
                 if store.digest_file(partial / expected.name) != expected:
-                    raise CheckpointError(f"{where}/{expected.name} has changed: its sha256 is not the manifest's")
+                    raise CheckpointError(f"{where}/{expected.name} has changed: its xxh128 is not the manifest's")
 
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch") as threads:
             list(threads.map(get, manifest.files))
@@ -206,6 +206,7 @@ def fetch_newest(
 
     Raises:
         CheckpointError: the newest one is of another run.
+        FormatError: another version of moetrain wrote the newest one.
         RemoteError: the store or the way to it failed. To go on from an older one would be to lose what is there.
     """
     own: int | None = None
@@ -223,7 +224,7 @@ def fetch_newest(
                 return None
             say(f"copying {where} to {root}")
             return remote.fetch(there, root)
-        except RemoteError:
+        except (RemoteError, FormatError):
             raise
         except CheckpointError as error:
             warn(f"checkpoint {where} is not whole and passed over: {error}")

@@ -35,7 +35,7 @@ def find(
         accept: which of them may be taken.
 
     Raises:
-        CheckpointError: on every rank; the newest one is of another run, or a rank does not see it.
+        CheckpointError: on every rank; the newest one is of another run or another version, or a rank does not see it.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     candidates = newest_first(root, warn=warn, accept=accept)

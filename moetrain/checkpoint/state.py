@@ -39,10 +39,10 @@ from torch.utils.serialization import config
 
 from moetrain.checkpoint import store
 from moetrain.checkpoint.files import Span, digested_stream, on_storage_of_its_own, read_spans
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, FormatError
 
 _FILES = 2
-"""That a rank writes at once: a disk can be faster than one core's digest."""
+"""That a rank writes at once: a disk can be faster than what one core moves."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,16 @@ def newest_first(
     Args:
         warn: names those without a manifest that can be read.
         accept: which of them may be taken.
+
+    Raises:
+        FormatError: another version of moetrain wrote one: passed over, it would be lost to an older one.
     """
     for directory in reversed(store.whole_checkpoints(root)):
         try:
             manifest = store.read_manifest(directory)
             store.check_name(directory, manifest)
+        except FormatError:
+            raise
         except CheckpointError as error:
             warn(passed_over(directory, error))
         else:
@@ -289,7 +294,7 @@ class _Writer(dcp.FileSystemWriter):
                 torch.save(values.cpu(), stream)
                 place = _StorageInfo(relative_path=name, offset=begin, length=stream.size - begin)
                 results.append(WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place))
-        return store.FileDigest(name=name, size=stream.size, sha256=stream.digest()), results
+        return store.FileDigest(name=name, size=stream.size, xxh128=stream.digest()), results
 
 
 def _largest_first(written: tuple[WriteItem, Tensor]) -> int:

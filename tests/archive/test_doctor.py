@@ -176,7 +176,7 @@ def drop_from_manifest(directory: Path) -> None:
 EXPERT = PER_EXPERT[W_IN]
 FAULTS: dict[str, tuple[Callable[[Path], Any], set[str], str]] = {
     "a file cut short": (truncate, {"files", "values"}, "__0_0.distcp has "),
-    "a flipped bit": (flip_bit, {"files"}, "has changed: its sha256 is not the one in manifest.json"),
+    "a flipped bit": (flip_bit, {"files"}, "has changed: its xxh128 is not the one in manifest.json"),
     "a missing file": (lambda d: (d / "__1_0.distcp").unlink(), {"files", "values"}, "__1_0.distcp is missing"),
     "a missing index": (lambda d: (d / ".metadata").unlink(), {"files", "index"}, ".metadata is missing"),
     "swapped files": (swap_files, {"files", "values"}, "__1_0.distcp"),
@@ -215,7 +215,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], set[str], str]] = {
     "settings of no model": (other_settings(num_heads=0), {"settings"}, "model.num_heads is 0, but must be above 0"),
     "settings nobody knows": (other_settings(wings=2), {"settings"}, "'model.wings' is not a setting"),
     "an unreadable manifest": (lambda d: (d / "manifest.json").write_text("{"), {"manifest"}, "JSONDecodeError"),
-    "a manifest of another format": (lambda d: sign(d, format=99), {"manifest"}, "it has format 99"),
+    "a manifest of another format": (lambda d: sign(d, format=99), {"manifest"}, "has format 99"),
     "a manifest of another step": (lambda d: sign(d, step=4), {"manifest"}, "is of step 4, not of the directory's"),
 }  # fmt: skip
 

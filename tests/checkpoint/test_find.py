@@ -33,14 +33,14 @@ def _write(rank: int, root: Path) -> None:
 def _find(rank: int, root: Path) -> tuple[str, list[str], list[str]]:
     read: list[str] = []
     warnings: list[str] = []
-    digest = store._sha256
+    digest = store._xxh128
 
     def noting(path: Path) -> str:
         read.append(f"{path.parent.name}/{path.name}")
         return digest(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_sha256", noting)
+        patch.setattr(store, "_xxh128", noting)
         found = resume.find(
             root,
             run=real_checkpoints.settings(),
@@ -102,3 +102,20 @@ def test_where_all_are_damaged_there_is_none(ranks: Any, tmp_path: Path):
     (first, told, _), (second, _, _) = ranks(2, _find, root)
     assert first == second == ""
     assert [each.split()[1] for each in told] == ["step_00000003", "step_00000002", "step_00000001"]
+
+
+def _find_none(rank: int, root: Path) -> str:
+    with pytest.raises(CheckpointError) as told:
+        _find(rank, root)
+    return str(told.value)
+
+
+def test_the_checkpoint_of_another_version_is_no_damage(ranks: Any, tmp_path: Path):
+    """To pass it over would go on from an older one, or begin the run anew."""
+    root = tmp_path / "checkpoints"
+    ranks(2, _write, root)
+    path = store.step_directory(root, 3) / store.MANIFEST
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    first, second = ranks(2, _find_none, root)
+    assert first == second
+    assert first.startswith(f"{path} has format 1, but this version of moetrain reads format 2: use the version that")
