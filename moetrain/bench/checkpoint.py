@@ -3,8 +3,8 @@
 Every contestant writes the same state (fp32 weights and both Adam moments of one model, after a step), and is done when
 its files are on the disk (fsync; DeepSpeed leaves that out, so it is done for it and counted) and those of the turn
 before are gone, which a disk may take long for. They take turns, and each figure is a median over the turns. The model
-is dense, since DeepSpeed cannot save experts that are not its own; to a checkpoint of ours an expert is an interval like
-any other.
+is dense, since DeepSpeed cannot save experts that are not its own; to a checkpoint of ours an expert is an interval
+like any other.
 """
 
 from __future__ import annotations

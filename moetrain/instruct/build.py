@@ -32,8 +32,8 @@ from moetrain.data.corpus import (
 from moetrain.data.tokenizer import end_of_text, fingerprint, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
 from moetrain.instruct.template import TEMPLATE, Part, check_template, parts_of
-from moetrain.prepare.baselines import measure
-from moetrain.prepare.build import BASELINE_LIMITS, OUT, check_fits, tokenizer_sha256
+from moetrain.prepare.baselines import LIMITS, measure
+from moetrain.prepare.build import OUT, check_fits, tokenizer_sha256
 from moetrain.prepare.directory import fill
 from moetrain.prepare.encoding import Progress
 from moetrain.prepare.reading import Options
@@ -125,7 +125,7 @@ def _build(
         chosen = read_tokenizer(Path(tokenizer))
         check_fits(vocabulary_size(chosen), what=f"the tokenizer {tokenizer}", vocab_size=vocab_size)
     samples = {split: bytearray() for split in SPLITS}
-    limits = dict(zip(SPLITS, BASELINE_LIMITS, strict=True))
+    limits = dict(zip(SPLITS, LIMITS, strict=True))
     counted = {split: array("B") for split in SPLITS}
     empty = 0
     with ExitStack() as stack:

@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from moetrain.data.corpus import Baselines
 
+LIMITS = (16 << 20, 1 << 20)
+"""Bytes of the training and of the held-out text that are looked at."""
+
 _PIECE = 1 << 22  # bytes counted at once, so that codes and counts of a large text stay small
 
 

@@ -8,7 +8,6 @@ up to a limit what the baselines and the tokenizer look at.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from moetrain.prepare.reading import (
     spool_task,
     workers_for,
 )
-from moetrain.prepare.shards import BASELINE_TEXT, PLAN, SPOOL, Worker, kept_of, text_reader
+from moetrain.prepare.shards import PLAN, SPOOL, Worker, documents_of, kept_of
 from moetrain.sources.hub import HubDataset
 from moetrain.sources.spool import Spool, cut_between, read_json, read_spool, write_json
 from moetrain.sources.text import Input, files_of, is_tokenized, nothing_to_read
@@ -45,7 +44,6 @@ OUT = "out"
 LOCK = "lock"
 """The file inside the directory of work that its process holds."""
 
-BASELINE_LIMITS = (16 << 20, 1 << 20)  # bytes of the training and of the held-out text that the baselines look at
 TOKENIZER_LIMIT = 1 << 30  # bytes of text that a tokenizer is trained on: of more, an even sample
 
 _READ = "read.json"
@@ -117,13 +115,12 @@ def _build(
         )
     cut = _cut(work, spool, held_out=request.held_out)
     tokenizer = _tokenizer(work, spool, request=request, cut=cut, given=given, progress=progress)
-    _baseline_texts(work, spool, cut=cut)
     fast = options.fast_encoder and isinstance(crew, Pool) and not is_tokenized(request.inputs[0])
     (work / OUT).mkdir(exist_ok=True)
-    written, measured = write_token_files(
+    written, baselines = write_token_files(
         work, work / OUT, spool, cut=cut, fast=fast, crew=crew, progress=progress, say=say
     )
-    _finish(work, tokenizer, written=written, measured=measured, sources=sources,
+    _finish(work, tokenizer, written=written, baselines=baselines, sources=sources,
             left_out=spool.passed_over | duplicates, is_ours=given is None)  # fmt: skip
 
 
@@ -132,7 +129,7 @@ def _finish(
     tokenizer: Tokenizer,
     *,
     written: Written,
-    measured: dict[str, float],
+    baselines: Baselines,
     sources: tuple[SourceFile, ...],
     left_out: dict[str, int],
     is_ours: bool,
@@ -141,7 +138,6 @@ def _finish(
     out = work / OUT
     found = written.round_trip
     assert not is_ours or found.same == found.tried, f"a byte-level tokenizer lost text: {found}"
-    seen = [(work / name).stat().st_size for name in BASELINE_TEXT]
     (out / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     meta = Meta(
         format_version=FORMAT_VERSION,
@@ -154,13 +150,7 @@ def _finish(
         train=written.train,
         held_out=written.held_out,
         sources=sources,
-        baselines=Baselines(
-            xz=measured["xz"],
-            trigram=measured["trigram"],
-            train_bytes=seen[0],
-            held_out_bytes=seen[1],
-            truncated=seen[0] < written.train.bytes or seen[1] < written.held_out.bytes,
-        ),
+        baselines=baselines,
     )
     write_meta(out, meta=meta)
 
@@ -278,15 +268,6 @@ def _cut(work: Path, spool: Spool, *, held_out: float) -> int:
     return cut_between(smallest, largest, held_out=held_out)
 
 
-def _documents(work: Path, spool: Spool, index: int) -> Iterator[tuple[bytes, int]]:
-    """The documents of a shard that are kept, each with its place."""
-    rows, kept = spool.rows(index), kept_of(work, spool, index)
-    marks = itertools.repeat(True, len(rows)) if kept is None else kept.tolist()
-    for document, place, keep in zip(spool.texts(index, rows), rows["place"].tolist(), marks, strict=True):
-        if keep:
-            yield document, place
-
-
 def _tokenizer(
     work: Path, spool: Spool, *, request: Request, cut: int, given: Tokenizer | None, progress: Progress
 ) -> Tokenizer:
@@ -313,25 +294,11 @@ def _training_documents(work: Path, spool: Spool, *, cut: int, progress: Progres
     total, num_bytes = spool.num_bytes, 0
     one_of = -(-total // TOKENIZER_LIMIT)
     for index in range(len(spool.shards)):
-        for document, place in _documents(work, spool, index):
+        for document, place in documents_of(work, spool, index):
             num_bytes += len(document)
             if place >= cut and place % one_of == 0:
                 yield document.decode()
         progress("tokenizer", num_bytes, total)
-
-
-def _baseline_texts(work: Path, spool: Spool, *, cut: int) -> None:
-    """Put the beginnings of both parts of the text where the baselines are measured."""
-    text_of = text_reader(work)
-    texts = (bytearray(), bytearray())
-    for index in range(len(spool.shards)):
-        if all(len(text) >= limit for text, limit in zip(texts, BASELINE_LIMITS, strict=True)):
-            break
-        for document, place in _documents(work, spool, index):
-            part = 1 if place < cut else 0
-            texts[part].extend(text_of(document)[: BASELINE_LIMITS[part] - len(texts[part])])
-    for name, text in zip(BASELINE_TEXT, texts, strict=True):
-        (work / name).write_bytes(text)
 
 
 def check_fits(entries: int, *, what: str, vocab_size: int) -> None:

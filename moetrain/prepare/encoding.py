@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from moetrain.data.corpus import SPLITS, TOKENIZER, RoundTrip, Split, SplitWriter, token_dtype
+from moetrain.data.corpus import SPLITS, TOKENIZER, Baselines, RoundTrip, Split, SplitWriter, token_dtype
 from moetrain.data.tokenizer import load_tokenizer, vocabulary_size
-from moetrain.parallel.pool import Done, Here, Pool, Task
+from moetrain.parallel.pool import Here, Pool
 from moetrain.prepare.shards import ENCODED, Encoded, checksum, encoded_files
 from moetrain.sources.spool import Spool, damaged, read_json, write_json
-from moetrain.tokenization.fast import fast_encoder
 
 _BASELINES = "baselines.json"
 _CHOICE = "encoder.json"
+_NOT_FAST = "encoding with tokenizers, not with the faster fastokens"
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -42,7 +43,7 @@ def write_token_files(
     crew: Here | Pool,
     progress: Progress,
     say: Callable[[str], None],
-) -> tuple[Written, dict[str, float]]:
+) -> tuple[Written, Baselines]:
     """Encode every shard that is not, put them together, and measure the baselines beside.
 
     Args:
@@ -56,75 +57,78 @@ def write_token_files(
         say: told once why a faster encoder is not used, where one could be.
 
     Returns:
-        What was written, and the baselines in bits per byte.
+        What was written, and the baselines.
 
     Raises:
         DataError: a worker process was killed, or an encoded shard is damaged.
         OSError: the disk is full, or the like.
     """
     (work / ENCODED).mkdir(exist_ok=True)
-    is_right = fast and _is_right(work, crew=crew, progress=progress, say=say)
-    written = _write(work, out, spool, cut=cut, fast=is_right, crew=crew, progress=progress)
+    choice = read_json(work / _CHOICE)
+    if choice is None and not fast:
+        _begin_with_tokenizers(work, spool)
+    write = partial(_write, work, out, spool, cut=cut, crew=crew, progress=progress, say=say)
+    written = write(fast=fast and (choice is None or bool(choice["fast"])), is_proved=choice is not None)
     if written is None:
-        _refuse_fast(work, say=say, why="it gave other ids for a document")
         crew.close()  # workers keep their encoder
-        for index in range(len(spool.shards)):
-            encoded_files(work, index)[2].unlink(missing_ok=True)
-        written = _write(work, out, spool, cut=cut, fast=False, crew=crew, progress=progress)
+        _begin_with_tokenizers(work, spool)
+        say(f"{_NOT_FAST}: it gives other ids")
+        written = write(fast=False, is_proved=True)
     baselines = read_json(work / _BASELINES)
     assert written is not None
     assert baselines is not None
-    return written, baselines
-
-
-def _is_right(work: Path, *, crew: Here | Pool, progress: Progress, say: Callable[[str], None]) -> bool:
-    """Whether the faster encoder is there and gives the ids of the tokenizer."""
-    choice = read_json(work / _CHOICE)
-    if choice is not None:
-        return bool(choice["fast"])
-    fast = fast_encoder(load_tokenizer(work / TOKENIZER))
-    if fast.encode is None:
-        _refuse_fast(work, say=say, why=str(fast.reason))
-        return False
-    (result,) = _run([{"what": "prove", "directory": str(work)}], work=work, crew=crew, progress=progress)
-    if not result.answer["same_ids"]:
-        _refuse_fast(work, say=say, why="it gave other ids for a sample")
-        return False
-    write_json(work / _CHOICE, {"fast": True})
-    return True
-
-
-def _run(tasks: Iterable[Task], *, work: Path, crew: Here | Pool, progress: Progress) -> Iterator[Done]:
-    """Have tasks done, and beside the first of them the baselines measured, if they are not."""
-    missing = [] if (work / _BASELINES).exists() else [{"what": "baselines", "directory": str(work)}]
-    for result in crew.run(itertools.chain(missing, tasks)):
-        if result.task["what"] == "baselines":
-            write_json(work / _BASELINES, result.answer)
-            progress("baselines", 1, 1)
-        else:
-            yield result
+    return written, Baselines(**baselines)
 
 
 def _write(
-    work: Path, out: Path, spool: Spool, *, cut: int, fast: bool, crew: Here | Pool, progress: Progress
+    work: Path,
+    out: Path,
+    spool: Spool,
+    *,
+    cut: int,
+    fast: bool,
+    is_proved: bool,
+    crew: Here | Pool,
+    progress: Progress,
+    say: Callable[[str], None],
 ) -> Written | None:
     """None: the faster encoder gave other ids."""
     pending = [index for index in range(len(spool.shards)) if not encoded_files(work, index)[2].exists()]
-    about = {"what": "encode", "directory": str(work), "cut": cut, "fast": fast}
+    about = {"directory": str(work), "cut": cut, "fast": fast}
     total = spool.num_bytes
     done = total - sum(spool.shards[index].bytes for index in pending)
     progress("encode", done, total)
-    tasks = ({**about, "shard": index} for index in pending)
+    # what takes longest comes first, and nobody waits for the proof: should it fail, all is encoded again
+    proof = [{**about, "what": "prove"}] if fast and not is_proved else []
+    baselines = [] if (work / _BASELINES).exists() else [{**about, "what": "baselines"}]
+    shards = ({**about, "what": "encode", "shard": index} for index in pending)
     with _Together(work, out, shards=len(spool.shards)) as together:
-        for result in _run(tasks, work=work, crew=crew, progress=progress):
-            if not result.answer["same_ids"]:
+        for result in crew.run(itertools.chain(proof, baselines, shards)):
+            if not result.answer.get("same_ids", True):
                 return None
-            done += spool.shards[result.task["shard"]].bytes
-            progress("encode", done, total)
-            # now, while the others encode: at the end everyone would wait for it
-            together.take_ready()
+            match result.task["what"]:
+                case "prove":
+                    missing = result.answer["missing"]
+                    write_json(work / _CHOICE, {"fast": missing is None})
+                    if missing is not None:
+                        say(f"{_NOT_FAST}: {missing}")
+                case "baselines":
+                    write_json(work / _BASELINES, result.answer)
+                    progress("baselines", 1, 1)
+                case _:
+                    done += spool.shards[result.task["shard"]].bytes
+                    progress("encode", done, total)
+                    # now, while the others encode: at the end everyone would wait for it
+                    together.take_ready()
         together.take_ready()
         return together.finish(progress)
+
+
+def _begin_with_tokenizers(work: Path, spool: Spool) -> None:
+    for index in range(len(spool.shards)):
+        encoded_files(work, index)[2].unlink(missing_ok=True)
+    # not before they are gone: the next start would keep what an encoder that was never proved has made
+    write_json(work / _CHOICE, {"fast": False})
 
 
 class _Together:
@@ -175,8 +179,3 @@ class _Together:
         progress("write", self._shards, self._shards)
         train, held_out = (writer.finish() for writer in self._writers)
         return Written(train=train, held_out=held_out, round_trip=RoundTrip(tried=self._tried, same=self._same))
-
-
-def _refuse_fast(work: Path, *, say: Callable[[str], None], why: str) -> None:
-    write_json(work / _CHOICE, {"fast": False})
-    say(f"encoding with tokenizers, not with the faster fastokens: {why}")

@@ -10,6 +10,7 @@ that started it is killed.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moetrain.data.corpus import TOKENIZER, token_dtype
+from moetrain.data.corpus import TOKENIZER, Baselines, token_dtype
 from moetrain.data.tokenizer import (
     TokenIds,
     batch_encoder,
@@ -30,7 +31,7 @@ from moetrain.data.tokenizer import (
 )
 from moetrain.errors import DataError
 from moetrain.parallel.pool import Task, Tell, do_tasks
-from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
+from moetrain.prepare.baselines import LIMITS, measure
 from moetrain.prepare.reading import source_sha256, spool_piece
 from moetrain.sources.duplicates import digests
 from moetrain.sources.spool import Spool, read_json, read_spool, write_json
@@ -38,7 +39,6 @@ from moetrain.tokenization.fast import differs, fast_encoder, unicode_texts, voc
 
 SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.npy"
 PLAN = "plan.json"
-BASELINE_TEXT = ("baseline.train", "baseline.held_out")
 
 _SPOT_CHECK, _SPOT_CHECK_FEW, _FEW = 256, 8, 16 << 20
 # one document of so many, by its place, is encoded both ways and decoded again; the second number for few bytes of text
@@ -188,10 +188,20 @@ def checksum(tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> int:
     return zlib.crc32(lengths.data, zlib.crc32(tokens.data))
 
 
-def measure_baselines(directory: Path) -> dict[str, float]:
-    """Bits per byte of the two plain models, on the beginnings of the text that lie in the directory of work."""
-    train, held_out = ((directory / name).read_bytes() for name in BASELINE_TEXT)
-    return {"xz": xz_bits_per_byte(held_out), "trigram": trigram_bits_per_byte(train, held_out)}
+def measure_baselines(directory: Path, spool: Spool, *, cut: int) -> Baselines:
+    """The two plain models, on the beginnings of both parts of the text; documents below ``cut`` are held out."""
+    text_of = text_reader(directory)
+    train, held_out = texts = (bytearray(), bytearray())
+    is_cut = False
+    documents = (each for index in range(len(spool.shards)) for each in documents_of(directory, spool, index))
+    for document, place in documents:
+        part = 1 if place < cut else 0
+        text, room = text_of(document), LIMITS[part] - len(texts[part])
+        texts[part].extend(text[:room])
+        is_cut |= len(text) > room
+        if is_cut and all(len(text) == limit for text, limit in zip(texts, LIMITS, strict=True)):
+            break
+    return measure(bytes(train), bytes(held_out), truncated=is_cut)
 
 
 def digest_shard(directory: Path, spool: Spool, index: int) -> None:
@@ -203,6 +213,15 @@ def digest_shard(directory: Path, spool: Spool, index: int) -> None:
     found.flush()
 
 
+def documents_of(directory: Path, spool: Spool, index: int) -> Iterator[tuple[bytes, int]]:
+    """The documents of a shard that are kept, each with its place."""
+    rows, kept = spool.rows(index), kept_of(directory, spool, index)
+    marks = itertools.repeat(True, len(rows)) if kept is None else kept.tolist()
+    for document, place, keep in zip(spool.texts(index, rows), rows["place"].tolist(), marks, strict=True):
+        if keep:
+            yield document, place
+
+
 def kept_of(directory: Path, spool: Spool, index: int) -> npt.NDArray[np.bool_] | None:
     """[documents of the shard], False for duplicates; None where none are looked for."""
     if not (directory / DROPPED).exists():
@@ -212,13 +231,15 @@ def kept_of(directory: Path, spool: Spool, index: int) -> npt.NDArray[np.bool_] 
     return ~np.asarray(dropped[first : first + spool.shards[index].documents], dtype=np.bool_)
 
 
-def is_proved(directory: Path, spool: Spool) -> bool:
-    """Whether the faster encoder gives the ids of the tokenizer, on all that can be tried once."""
+def proof(directory: Path, spool: Spool) -> dict[str, Any]:
+    """ "same_ids": whether the faster encoder gives the ids of the tokenizer, on all that can be tried once. "missing":
+    why there is no faster one, so that both are the same; else None."""
     tokenizer = load_tokenizer(directory / TOKENIZER)
-    fast = fast_encoder(tokenizer).encode
-    assert fast is not None
+    fast = fast_encoder(tokenizer)
+    if fast.encode is None:
+        return {"same_ids": True, "missing": fast.reason}
     texts = (vocabulary_texts(tokenizer), unicode_texts(), _sample(spool))
-    return not any(differs(tokenizer, fast, some) for some in texts)
+    return {"same_ids": not any(differs(tokenizer, fast.encode, some) for some in texts), "missing": None}
 
 
 def _sample(spool: Spool) -> Iterator[str]:
@@ -248,16 +269,16 @@ class Worker:
             case "spool":
                 spool_piece(directory / SPOOL, task, tell=tell)
                 return {}
-            case "baselines":
-                return measure_baselines(directory)
         if self._spool is None:
             self._spool = read_spool(directory / SPOOL)
         match task["what"]:
             case "digest":
                 digest_shard(directory, self._spool, task["shard"])
                 return {}
+            case "baselines":
+                return asdict(measure_baselines(directory, self._spool, cut=task["cut"]))
             case "prove":
-                return {"same_ids": is_proved(directory, self._spool)}
+                return proof(directory, self._spool)
         if self._encoder is None:
             self._encoder = ShardEncoder(directory, spool=self._spool, cut=task["cut"], fast=task["fast"])
         return asdict(self._encoder.encode(task["shard"]))

@@ -33,8 +33,8 @@ from moetrain.data.corpus import (
 )
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
-from moetrain.prepare.baselines import measure
-from moetrain.prepare.build import BASELINE_LIMITS, Request, check_fits, tokenizer_sha256
+from moetrain.prepare.baselines import LIMITS, measure
+from moetrain.prepare.build import Request, check_fits, tokenizer_sha256
 from moetrain.prepare.reading import Options, hub_sha256, size_of
 from moetrain.sources.hub import HubDataset
 from moetrain.sources.spool import cut_between, read_json, write_json
@@ -258,7 +258,7 @@ def _write(directory: Path, split: str, texts: list[bytes], *, encoder: Encoder,
 
 def _baselines(train: list[bytes], held_out: list[bytes]) -> Baselines:
     counted, measured = (b"".join(_first(texts, limit))[:limit]
-                         for texts, limit in zip((train, held_out), BASELINE_LIMITS, strict=True))  # fmt: skip
+                         for texts, limit in zip((train, held_out), LIMITS, strict=True))  # fmt: skip
     return measure(counted, measured, truncated=True)  # the training text goes on after the opening
 
 

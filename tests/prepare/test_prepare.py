@@ -19,8 +19,8 @@ from moetrain.data import corpus
 from moetrain.data.corpus import Prepared, TokenFile, open_prepared
 from moetrain.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from moetrain.errors import DataError
-from moetrain.prepare import build
 from moetrain.prepare import directory as prepare_module
+from moetrain.prepare import shards
 from moetrain.prepare.baselines import trigram_bits_per_byte, xz_bits_per_byte
 from moetrain.prepare.directory import prepare, prepared_directory
 
@@ -123,7 +123,7 @@ def test_the_tokenizer_never_sees_the_held_out_text(text, tmp_path):
 
 
 def test_the_baselines_of_a_large_text_use_its_beginning_and_say_so(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BASELINE_LIMITS", (1000, 500))
+    monkeypatch.setattr(shards, "LIMITS", (1000, 500))
     prepared = run(tmp_path / "p", text)
     train, held_out = ("".join(documents_of(prepared, part)).encode() for part in (prepared.train, prepared.held_out))
     baselines = prepared.meta.baselines

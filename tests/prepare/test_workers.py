@@ -21,7 +21,7 @@ from moetrain.data.corpus import Prepared, open_prepared
 from moetrain.data.tokenizer import load_tokenizer, train_tokenizer
 from moetrain.errors import DataError
 from moetrain.parallel.pool import Pool, WorkerLost
-from moetrain.prepare import reading
+from moetrain.prepare import encoding, reading
 from moetrain.prepare.directory import prepare
 from moetrain.prepare.reading import Options
 from moetrain.sources import spool
@@ -186,9 +186,7 @@ def test_a_process_killed_at_any_moment_is_gone_on_with_and_leaves_no_worker(sta
     assert not work.exists()
 
 
-@pytest.mark.parametrize("when", ["sample", "document"])
-def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_once(when, tmp_path, tiny_shards):
-    pytest.importorskip("fastokens")
+def settings_where_fastokens_differs(tmp_path: Path, *, in_sample: bool) -> dict[str, Any]:
     # a word for tokenizers after each line end, for fastokens in the first line alone (tests/tokenization/test_fast.py)
     content = json.loads(train_tokenizer(iter([]), vocab_size=257).to_str())
     content["model"]["vocab"] |= {"ab": 257, "abc": 258}
@@ -203,21 +201,66 @@ def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_o
     # shards of 20 lines of 100 bytes, 64 of them; of every second one the whole is in the sample
     documents = [f"{number:04} {'x' * 78} abc" for number in range(64 * 20)]
     differing = [text.replace(" abc", "\nabc").replace("xx", "x", 1) for text in documents]
-    in_sample = 0 if when == "sample" else 1
     documents = [
-        other if index // 20 % 2 == in_sample else one
+        other if index // 20 % 2 == (0 if in_sample else 1) else one
         for index, (one, other) in enumerate(zip(documents, differing, strict=True))
     ]
     text = write_rows(tmp_path / "rows.jsonl", documents)
     assert {len(line) for line in Path(text).read_bytes().splitlines()} == {99}
-    said: list[str] = []
-    settings: dict[str, Any] = {
+    return {
         "text": [text], "text_column": "text", "held_out": 0.2, "vocab_size": 260, "tokenizer": str(given_path),
-        "progress": lambda stage, done, total: None, "say": said.append,
+        "progress": lambda stage, done, total: None,
     }  # fmt: skip
-    prepare(tmp_path / "p", **settings, options=Options(workers=2))
-    assert said == [f"encoding with tokenizers, not with the faster fastokens: it gave other ids for a {when}"]
-    prepare(tmp_path / "plain", **settings, options=Options(workers=2, fast_encoder=False))
+
+
+@pytest.mark.parametrize("in_sample", [True, False], ids=["sample", "document"])
+def test_where_the_faster_encoder_differs_the_tokenizer_is_used_and_it_is_said_once(in_sample, tmp_path, tiny_shards):
+    pytest.importorskip("fastokens")
+    settings = settings_where_fastokens_differs(tmp_path, in_sample=in_sample)
+    said: list[str] = []
+    prepare(tmp_path / "p", **settings, say=said.append, options=Options(workers=2))
+    assert said == ["encoding with tokenizers, not with the faster fastokens: it gives other ids"]
+    prepare(tmp_path / "plain", **settings, say=said.append, options=Options(workers=2, fast_encoder=False))
+    assert content_of(tmp_path / "p") == content_of(tmp_path / "plain")
+    assert len(said) == 1
+
+
+def test_shards_of_an_encoder_that_was_not_proved_are_not_kept(tmp_path, tiny_shards, monkeypatch):
+    pytest.importorskip("fastokens")
+    settings = settings_where_fastokens_differs(tmp_path, in_sample=False)
+    encoded = tmp_path / "p.partial-0" / "encoded"
+    written = encoding.write_json
+
+    def end_before_it_is_known(path: Path, values: Any) -> None:
+        if values == {"fast": False}:
+            raise KeyboardInterrupt
+        if values != {"fast": True}:  # nor is that the proof went well
+            written(path, values)
+
+    def end_before_they_are_gone(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name, end, shards_are_left in [
+        ("_begin_with_tokenizers", end_before_they_are_gone, True),
+        ("write_json", end_before_it_is_known, False),
+        ("_begin_with_tokenizers", end_before_they_are_gone, True),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(encoding, name, end)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(tmp_path / "p", **settings, say=print, options=Options(workers=2))
+        assert bool(list(encoded.glob("*.json"))) == shards_are_left
+    (tmp_path / "p.partial-0" / "encoder.json").unlink(missing_ok=True)  # as if the proof had not ended before
+    done_at_first: list[int] = []
+
+    def note(stage: str, done: int, total: int | None) -> None:
+        if stage == "encode":
+            done_at_first.append(done)
+
+    settings["progress"] = note
+    prepare(tmp_path / "p", **settings, say=print, options=Options(workers=2, fast_encoder=False))
+    assert done_at_first[0] == 0
+    prepare(tmp_path / "plain", **settings, say=print, options=Options(workers=2, fast_encoder=False))
     assert content_of(tmp_path / "p") == content_of(tmp_path / "plain")
 
 
@@ -248,9 +291,9 @@ def test_a_fault_in_a_worker_comes_through_as_what_it_is(tmp_path):
 
     pool = Pool("moetrain.prepare.shards", workers=1)
     try:
-        (tmp_path / "spool").mkdir()
         with pytest.raises(FileNotFoundError):
-            run_one(what="baselines")
+            run_one(what="spool", piece=0, parts=[], shard_bytes=1)
+        (tmp_path / "spool").mkdir()
         with pytest.raises(RuntimeError, match="KeyError: 'what'"):
             run_one()
         (tmp_path / "tokenizer.json").write_text("{}")
