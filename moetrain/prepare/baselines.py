@@ -18,7 +18,7 @@ from moetrain.data.corpus import Baselines
 LIMITS = (16 << 20, 1 << 20)
 """Bytes of the training and of the held-out text that are looked at."""
 
-_PIECE = 1 << 22  # bytes counted at once, so that codes and counts of a large text stay small
+_PIECE = 1 << 18  # bytes counted at once, so that codes and counts of a large text stay small
 
 
 def measure(train: bytes, held_out: bytes, *, truncated: bool) -> Baselines:
@@ -82,7 +82,9 @@ class Trigram:
 
     unigram: npt.NDArray[np.float64]  # [256], p(b)
     bigram: npt.NDArray[np.float64]  # [256, 256], p(b | a)
-    count: npt.NDArray[np.int64]  # [256 * 256, 256], n(ab, c)
+    rank: npt.NDArray[np.int64]  # [256], from a byte to its place among those that were counted, or after the last
+    count: npt.NDArray[np.int64]  # [ranks * ranks, ranks], n(ab, c): text has few kinds of bytes, and 256^3 counts
+    # would be far more than a processor's cache
 
     def probability(
         self,
@@ -91,11 +93,11 @@ class Trigram:
         byte: npt.NDArray[np.uint8],
     ) -> npt.NDArray[np.float64]:
         """p(byte | before_that, before), elementwise; the three shapes must broadcast."""
-        context = before_that.astype(np.int64) << 8 | before
+        context = self.rank[before_that] * self.count.shape[1] + self.rank[before]
         times, kinds = self.count.sum(axis=1), (self.count > 0).sum(axis=1)
         shorter = self.bigram[before, byte]
         seen = times[context] + kinds[context]
-        mixed = (self.count[context, byte] + kinds[context] * shorter) / np.maximum(seen, 1)
+        mixed = (self.count[context, self.rank[byte]] + kinds[context] * shorter) / np.maximum(seen, 1)
         result: npt.NDArray[np.float64] = np.where(seen > 0, mixed, shorter)
         return result
 
@@ -103,21 +105,26 @@ class Trigram:
 def count_trigrams(train: bytes) -> Trigram:
     """Count every byte, pair and triple of ``train``."""
     text = np.frombuffer(train, dtype=np.uint8)
-    unigram = _witten_bell(_counts(text, order=1), np.full(256, 1 / 256))[0]
-    bigram = _witten_bell(_counts(text, order=2), unigram)
-    return Trigram(unigram=unigram, bigram=bigram, count=_counts(text, order=3))
+    bytes_of_their_own = np.arange(256)
+    frequency = _counts(text, order=1, rank=bytes_of_their_own)[0]
+    unigram = _witten_bell(frequency[None], np.full(256, 1 / 256))[0]
+    bigram = _witten_bell(_counts(text, order=2, rank=bytes_of_their_own), unigram)
+    is_counted = frequency > 0
+    rank = np.where(is_counted, np.cumsum(is_counted) - 1, is_counted.sum())
+    return Trigram(unigram=unigram, bigram=bigram, rank=rank, count=_counts(text, order=3, rank=rank))
 
 
-def _counts(text: npt.NDArray[np.uint8], *, order: int) -> npt.NDArray[np.int64]:
-    """[256^(order-1), 256]: how often each byte followed each context of ``order`` - 1 bytes."""
-    total = np.zeros(256**order, dtype=np.int64)
+def _counts(text: npt.NDArray[np.uint8], *, order: int, rank: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[ranks^(order-1), ranks]: how often each byte followed each context of ``order`` - 1 bytes."""
+    ranks = int(rank.max()) + 1
+    total = np.zeros(ranks**order, dtype=np.int64)
     for start in range(0, len(text) - order + 1, _PIECE):
-        piece = text[start : start + _PIECE + order - 1]
+        piece = rank[text[start : start + _PIECE + order - 1]]
         code: npt.NDArray[Any] = np.zeros(len(piece) - order + 1, dtype=np.int64)
         for place in range(order):
-            code = code << 8 | piece[place : len(piece) - order + 1 + place]
+            code = code * ranks + piece[place : len(piece) - order + 1 + place]
         total += np.bincount(code, minlength=len(total))
-    return total.reshape(-1, 256)
+    return total.reshape(-1, ranks)
 
 
 def _witten_bell(count: npt.NDArray[np.int64], shorter: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -35,7 +35,7 @@ from moetrain.prepare.baselines import LIMITS, measure
 from moetrain.prepare.reading import source_sha256, spool_piece
 from moetrain.sources.duplicates import digests
 from moetrain.sources.spool import Spool, read_json, read_spool, write_json
-from moetrain.tokenization.fast import differs, fast_encoder, unicode_texts, vocabulary_texts
+from moetrain.tokenization.fast import Fast, differs, fast_encoder, unicode_texts, vocabulary_texts
 
 SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.npy"
 PLAN = "plan.json"
@@ -73,11 +73,20 @@ class ShardEncoder:
         self._directory, self._spool = directory, spool
         self._cut = np.uint64(cut)
         self._tokenizer = load_tokenizer(directory / TOKENIZER)
-        self._fast = fast_encoder(self._tokenizer).encode if fast else None
+        faster = fast_encoder(self._tokenizer) if fast else Fast(None, None)
+        self._fast, self._missing = faster.encode, faster.reason
         self._one_of = _SPOT_CHECK if spool.num_bytes > _FEW else _SPOT_CHECK_FEW
         self._is_tokenized = is_tokenized(directory)
         self._end = end_of_text(self._tokenizer)
         self._dtype = token_dtype(vocabulary_size(self._tokenizer))
+
+    def prove(self) -> dict[str, Any]:
+        """ "same_ids": whether the faster encoder gives the ids of the tokenizer, on all that can be tried once.
+        "missing": why there is no faster one, and the tokenizer does all; else None."""
+        texts = (vocabulary_texts(self._tokenizer), unicode_texts(), _sample(self._spool))
+        fast = self._fast
+        same = fast is None or not any(differs(self._tokenizer, fast, some) for some in texts)
+        return {"same_ids": same, "missing": self._missing}
 
     def encode(self, index: int) -> Encoded:
         """Encode one shard of the spool; its files are written unless the two encoders differ.
@@ -231,17 +240,6 @@ def kept_of(directory: Path, spool: Spool, index: int) -> npt.NDArray[np.bool_] 
     return ~np.asarray(dropped[first : first + spool.shards[index].documents], dtype=np.bool_)
 
 
-def proof(directory: Path, spool: Spool) -> dict[str, Any]:
-    """ "same_ids": whether the faster encoder gives the ids of the tokenizer, on all that can be tried once. "missing":
-    why there is no faster one, so that both are the same; else None."""
-    tokenizer = load_tokenizer(directory / TOKENIZER)
-    fast = fast_encoder(tokenizer)
-    if fast.encode is None:
-        return {"same_ids": True, "missing": fast.reason}
-    texts = (vocabulary_texts(tokenizer), unicode_texts(), _sample(spool))
-    return {"same_ids": not any(differs(tokenizer, fast.encode, some) for some in texts), "missing": None}
-
-
 def _sample(spool: Spool) -> Iterator[str]:
     """The beginnings of some shards, evenly spread over the corpus."""
     for index in range(0, len(spool.shards), max(1, len(spool.shards) // _SAMPLE_SHARDS)):
@@ -277,10 +275,10 @@ class Worker:
                 return {}
             case "baselines":
                 return asdict(measure_baselines(directory, self._spool, cut=task["cut"]))
-            case "prove":
-                return proof(directory, self._spool)
         if self._encoder is None:
             self._encoder = ShardEncoder(directory, spool=self._spool, cut=task["cut"], fast=task["fast"])
+        if task["what"] == "prove":
+            return self._encoder.prove()
         return asdict(self._encoder.encode(task["shard"]))
 
 
