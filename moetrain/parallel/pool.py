@@ -166,7 +166,7 @@ def do_tasks(do: Do) -> None:
 
 def _start(module: str) -> subprocess.Popen[str]:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-                                "RAYON_NUM_THREADS": "1"}  # fmt: skip
+                                "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         # an interrupt from the terminal is this process's to handle

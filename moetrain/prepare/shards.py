@@ -35,7 +35,7 @@ from moetrain.prepare.baselines import LIMITS, measure
 from moetrain.prepare.reading import source_sha256, spool_piece
 from moetrain.sources.duplicates import digests
 from moetrain.sources.spool import Spool, read_json, read_spool, write_json
-from moetrain.tokenization.fast import Fast, differs, fast_encoder, unicode_texts, vocabulary_texts
+from moetrain.tokenization.fast import Fast, alike_texts, differs, fast_encoder, unicode_texts, vocabulary_texts
 
 SPOOL, ENCODED, DROPPED, DIGESTS = "spool", "encoded", "dropped.npy", "digests.npy"
 PLAN = "plan.json"
@@ -83,7 +83,7 @@ class ShardEncoder:
     def prove(self) -> dict[str, Any]:
         """ "same_ids": whether the faster encoder gives the ids of the tokenizer, on all that can be tried once.
         "missing": why there is no faster one, and the tokenizer does all; else None."""
-        texts = (vocabulary_texts(self._tokenizer), unicode_texts(), _sample(self._spool))
+        texts = (vocabulary_texts(self._tokenizer), unicode_texts(), alike_texts(), _sample(self._spool))
         fast = self._fast
         same = fast is None or not any(differs(self._tokenizer, fast, some) for some in texts)
         return {"same_ids": same, "missing": self._missing}

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moetrain.data.tokenizer import train_tokenizer
+from moetrain.data.tokenizer import TokenIds, batch_encoder, train_tokenizer
 from moetrain.sources.text import expand, read_documents
-from moetrain.tokenization.fast import differs, fast_encoder, unicode_texts, vocabulary_texts
+from moetrain.tokenization.fast import alike_texts, differs, fast_encoder, unicode_texts, vocabulary_texts
 
 pytest.importorskip("fastokens")
 
@@ -69,6 +69,7 @@ def test_real_text_gets_the_ids_of_the_tokenizers_library(tokenizer):
         assert ids.tolist() == tokenizer.encode(text).ids
     assert not differs(tokenizer, encode, vocabulary_texts(tokenizer))
     assert not differs(tokenizer, encode, unicode_texts())
+    assert not differs(tokenizer, encode, alike_texts())
 
 
 def test_characters_of_unicode_that_are_tried_are_of_every_kind():
@@ -158,3 +159,23 @@ def test_where_it_cannot_be_the_same_there_is_none_and_the_reason(tokenizer, rea
 def test_without_fastokens_the_way_to_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     assert "pip install fastokens" in fast_encoder(TOKENIZER).reason
+
+
+def test_an_encoder_that_keeps_too_much_of_the_text_before_is_found():
+    """As fastokens 0.3.2 did: what two texts begin with is taken to end, as words do, where they part."""
+    before = ""
+
+    def keeping(texts: list[str]) -> TokenIds:
+        nonlocal before
+        found = []
+        for text in texts:
+            pairs = enumerate(zip(before, text, strict=False))
+            common = next((place for place, (one, other) in pairs if one != other), min(len(before), len(text)))
+            parts = [text[:common], text[common:]] if 4096 <= common < len(text) else [text]
+            found.append(np.concatenate([batch_encoder(TOKENIZER)([part]).ids for part in parts]))
+            before = text
+        return TokenIds(np.concatenate(found), np.array([len(each) for each in found], dtype=np.int64))
+
+    assert not any(differs(TOKENIZER, keeping, [text, ""]) for text in alike_texts())
+    assert not differs(TOKENIZER, keeping, ADDRESSES[:3])
+    assert differs(TOKENIZER, keeping, alike_texts())
