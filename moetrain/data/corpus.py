@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 TOKENIZER = "tokenizer.json"
 META = "meta.json"
+_SYNC_EVERY = 32 << 20  # bytes of tokens that are brought to the disk together
 _NPY_HEADER = 128  # bytes before the numbers of a .npy file of one dimension
 FILES = frozenset({TOKENIZER, META} | {f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".documents.npy")})
 
@@ -239,12 +241,15 @@ class SplitWriter:
         self._starts = open(self._starts_path, "wb")  # noqa: SIM115
         self._starts.write(bytes(_NPY_HEADER))
         self._digest = hashlib.sha256()
-        self._tokens = self._documents = self._bytes = 0
+        self._tokens = self._documents = self._bytes = self._unsynced = 0
+        self._syncing: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(1, "sync")
 
     def __enter__(self) -> SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._syncer.shutdown()
         with self._starts, self._file:  # closed both, even if the first cannot be flushed
             pass
 
@@ -270,6 +275,10 @@ class SplitWriter:
         self._tokens += len(tokens)
         self._documents += len(lengths)
         self._bytes += num_bytes
+        self._unsynced += len(data)
+        # now, beside the work for the next ones: at the end everyone would wait for the disk
+        if self._unsynced >= _SYNC_EVERY and (self._syncing is None or self._syncing.done()):
+            self._bring_to_disk()
 
     def finish(self) -> Split:
         """Bring everything to the disk, and say what is there."""
@@ -278,6 +287,8 @@ class SplitWriter:
             self._starts, {"descr": "<i8", "fortran_order": False, "shape": (self._documents,)}
         )
         assert self._starts.tell() == _NPY_HEADER, "numpy pads its header so that the length may change in place"
+        if self._syncing is not None:
+            self._syncing.result()
         for file in (self._file, self._starts):
             file.flush()
             os.fsync(file.fileno())
@@ -288,6 +299,12 @@ class SplitWriter:
             sha256=self._digest.hexdigest(),
             documents_sha256=file_sha256(self._starts_path),
         )
+
+    def _bring_to_disk(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+        self._file.flush()
+        self._syncing, self._unsynced = self._syncer.submit(os.fsync, self._file.fileno()), 0
 
 
 def file_sha256(path: Path) -> str:

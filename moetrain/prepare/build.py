@@ -8,18 +8,20 @@ up to a limit what the baselines and the tokenizer look at.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from moetrain.data.corpus import FORMAT_VERSION, TOKENIZER, Baselines, Meta, SourceFile, file_sha256, write_meta
 from moetrain.data.tokenizer import end_of_text, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from moetrain.errors import DataError
-from moetrain.parallel.pool import Here, Pool
+from moetrain.parallel.pool import Done, Here, Pool, Task
 from moetrain.prepare.dedup import mark_duplicates
 from moetrain.prepare.encoding import Progress, Written, write_token_files
 from moetrain.prepare.reading import (
@@ -105,9 +107,7 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     options = request.options
-    sources = tuple(_hash_sources(work, request.inputs, crew=crew, progress=progress))
-    _begin_or_go_on(work, request, sources=sources)
-    spool = _read(work, request, crew=crew, progress=progress)
+    sources, spool = _read(work, request, crew=crew, progress=progress)
     duplicates: dict[str, int] = {}
     if options.duplicates != "keep":
         duplicates = mark_duplicates(
@@ -168,27 +168,46 @@ def _refuse_for_tokens(request: Request) -> None:
         )
 
 
-def _hash_sources(work: Path, inputs: list[Input], *, crew: Here | Pool, progress: Progress) -> Iterator[SourceFile]:
-    paths = [path for source in inputs for path in files_of(source)]
-    sizes = {str(path): path.stat().st_size for path in paths}
-    total, done, found = sum(sizes.values()), 0, {}
-    for result in crew.run({"what": "hash", "directory": str(work), "file": path} for path in sizes):
+class _Sources:
+    """The digests of the files of ``data.text``, as they come."""
+
+    def __init__(self, work: Path, inputs: list[Input], *, progress: Progress) -> None:
+        self._work, self._inputs, self._progress = work, inputs, progress
+        self._sizes = {str(path): path.stat().st_size for source in inputs for path in files_of(source)}
+        self._total, self._done = sum(self._sizes.values()), 0
+        self._found: dict[str, str] = {}
+
+    def tasks(self) -> Iterator[Task]:
+        return ({"what": "hash", "directory": str(self._work), "file": path} for path in self._sizes)
+
+    def take(self, result: Done) -> None:
         path = result.task["file"]
-        found[path] = result.answer["sha256"]
-        done += sizes[path]
-        progress("hash", done, total)
-    for source in inputs:
+        self._found[path] = result.answer["sha256"]
+        self._done += self._sizes[path]
+        self._progress("hash", self._done, self._total)
+
+    def all(self) -> tuple[SourceFile, ...] | None:
+        """None: some are still to come."""
+        if len(self._found) < len(self._sizes):
+            return None
+        return tuple(each for source in self._inputs for each in self._files(source))
+
+    def _files(self, source: Input) -> Iterator[SourceFile]:
         if isinstance(source, HubDataset):
             yield SourceFile(name=str(source), size=0, sha256=hub_sha256(source))
         for path in files_of(source):
-            yield SourceFile(name=path.name, size=sizes[str(path)], sha256=found[str(path)])
+            yield SourceFile(name=path.name, size=self._sizes[str(path)], sha256=self._found[str(path)])
 
 
-def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[SourceFile, ...]) -> None:
-    """Keep what an earlier start left only if it had the same sources and settings."""
-    plan = {
+def _plan(request: Request, sources: tuple[SourceFile, ...] | None) -> dict[str, Any]:
+    """What a directory of work is for: what an earlier start left there is kept only if it had the same.
+
+    Args:
+        sources: None while digests are still to come: their files are then known by size and time.
+    """
+    return {
         "format_version": FORMAT_VERSION,
-        "sources": [asdict(source) for source in sources],
+        "sources": _stamps(request) if sources is None else [asdict(source) for source in sources],
         "text_column": request.text_column,
         "held_out": request.held_out,
         "vocab_size": request.vocab_size,
@@ -197,21 +216,34 @@ def _begin_or_go_on(work: Path, request: Request, *, sources: tuple[SourceFile, 
         "shard_bytes": shard_bytes(request.inputs),
         **request.options.covered(),
     }
-    if read_json(work / PLAN) != plan:
-        for path in work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _read(
+    work: Path, request: Request, *, crew: Here | Pool, progress: Progress
+) -> tuple[tuple[SourceFile, ...], Spool]:
+    """Digest the files, and spool what is not spooled."""
+    before, left = _stamps(request), read_json(work / PLAN)
+    sources = _Sources(work, request.inputs, progress=progress)
+    hashing: Iterable[Task] = sources.tasks()
+    if left is not None and left != _plan(request, None):
+        # not beside the reading: whether what is there may be gone on with, the digests tell
+        for result in crew.run(hashing):
+            sources.take(result)
+        hashing = []
+    if left != (plan := _plan(request, sources.all())):
+        _clear(work)
         write_json(work / PLAN, plan)
-
-
-def _read(work: Path, request: Request, *, crew: Here | Pool, progress: Progress) -> Spool:
-    """Spool what is not spooled."""
     (work / SPOOL).mkdir(exist_ok=True)
     if not (work / _READ).exists():
-        before = _stamps(request)
-        _read_pieces(work, request, crew=crew, progress=progress)
+        _spool(work, request, sources, hashing=hashing, crew=crew, progress=progress)
         if _stamps(request) != before:
             raise DataError("the files of data.text changed while they were read: start again when they are still")
     spool = read_spool(work / SPOOL)
@@ -220,10 +252,15 @@ def _read(work: Path, request: Request, *, crew: Here | Pool, progress: Progress
         other = sum(spool.passed_over.values()) - empty
         raise nothing_to_read(request.inputs, num_empty=empty, num_other=other)
     write_json(work / _READ, {"finished": True})
-    return spool
+    found = sources.all()
+    assert found is not None
+    return found, spool
 
 
-def _read_pieces(work: Path, request: Request, *, crew: Here | Pool, progress: Progress) -> None:
+def _spool(
+    work: Path, request: Request, sources: _Sources, *, hashing: Iterable[Task], crew: Here | Pool, progress: Progress
+) -> None:
+    """Spool what is not spooled, and take the digests that are left; with the last one, the plan is known."""
     inputs, options = request.inputs, request.options
     size = shard_bytes(inputs)
     pieces = pieces_of(inputs, piece_bytes=size)
@@ -233,20 +270,25 @@ def _read_pieces(work: Path, request: Request, *, crew: Here | Pool, progress: P
     total = sum(map(size_of, inputs)) if is_known else None
     read, done = [0] * len(pieces), 0
 
-    def told(number: int, now: int) -> None:
+    def told(task: Task, now: int) -> None:
         nonlocal done
+        number = task["piece"]
         done, read[number] = done + max(0, now - read[number]), max(now, read[number])
         progress("read", done, total)
 
     tasks = (spool_task(work, number, piece, inputs=inputs, **settings) for number, piece in enumerate(pieces))
-    for result in crew.run(tasks, heard=lambda task, values: told(task["piece"], values["read"])):
-        number = result.task["piece"]
-        told(number, sum(size_of_part(part, inputs) for part in pieces[number]))
+    for result in crew.run(itertools.chain(hashing, tasks), heard=lambda task, values: told(task, values["read"])):
+        if result.task["what"] == "hash":
+            sources.take(result)
+            if (found := sources.all()) is not None:
+                write_json(work / PLAN, _plan(request, found))
+        else:
+            told(result.task, sum(size_of_part(part, inputs) for part in pieces[result.task["piece"]]))
 
 
-def _stamps(request: Request) -> list[tuple[int, int]]:
-    statuses = [path.stat() for source in request.inputs for path in files_of(source)]
-    return [(status.st_size, status.st_mtime_ns) for status in statuses]
+def _stamps(request: Request) -> list[list[str | int]]:
+    found = [(path, path.stat()) for source in request.inputs for path in files_of(source)]
+    return [[path.name, status.st_size, status.st_mtime_ns] for path, status in found]
 
 
 def _cut(work: Path, spool: Spool, *, held_out: float) -> int:
