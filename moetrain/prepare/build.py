@@ -175,6 +175,7 @@ class _Sources:
         self._work, self._inputs, self._progress = work, inputs, progress
         self._sizes = {str(path): path.stat().st_size for source in inputs for path in files_of(source)}
         self._total, self._done = sum(self._sizes.values()), 0
+        self._hub = {source: hub_sha256(source) for source in inputs if isinstance(source, HubDataset)}
         self._found: dict[str, str] = {}
 
     def tasks(self) -> Iterator[Task]:
@@ -194,7 +195,7 @@ class _Sources:
 
     def _files(self, source: Input) -> Iterator[SourceFile]:
         if isinstance(source, HubDataset):
-            yield SourceFile(name=str(source), size=0, sha256=hub_sha256(source))
+            yield SourceFile(name=str(source), size=0, sha256=self._hub[source])
         for path in files_of(source):
             yield SourceFile(name=path.name, size=self._sizes[str(path)], sha256=self._found[str(path)])
 

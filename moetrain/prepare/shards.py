@@ -81,8 +81,12 @@ class ShardEncoder:
         self._dtype = token_dtype(vocabulary_size(self._tokenizer))
 
     def prove(self) -> dict[str, Any]:
-        """ "same_ids": whether the faster encoder gives the ids of the tokenizer, on all that can be tried once.
-        "missing": why there is no faster one, and the tokenizer does all; else None."""
+        """Try the faster encoder on all that can be tried once.
+
+        Returns:
+            ``same_ids``, whether it gives the ids of the tokenizer; ``missing``, why there is none and the tokenizer does
+            all, else None.
+        """
         texts = (vocabulary_texts(self._tokenizer), unicode_texts(), alike_texts(), _sample(self._spool))
         fast = self._fast
         same = fast is None or not any(differs(self._tokenizer, fast, some) for some in texts)
