@@ -84,8 +84,8 @@ class ShardEncoder:
         """Try the faster encoder on all that can be tried once.
 
         Returns:
-            ``same_ids``, whether it gives the ids of the tokenizer; ``missing``, why there is none and the tokenizer does
-            all, else None.
+            ``same_ids``, whether it gives the ids of the tokenizer; ``missing``, why there is no faster one and the
+            tokenizer does all, else None.
         """
         texts = (vocabulary_texts(self._tokenizer), unicode_texts(), alike_texts(), _sample(self._spool))
         fast = self._fast
