@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrain.data import corpus
 from moetrain.data.corpus import (
     FORMAT_VERSION,
     META,
@@ -103,6 +104,22 @@ def test_documents_written_many_at_once_are_the_same_files(tmp_path_factory, gro
     flat = [ids for group in groups for ids in group]
     assert starts.tolist() == [sum(map(len, flat[:number])) for number in range(len(flat))]
     shutil.rmtree(directory)
+
+
+def test_a_disk_that_fails_while_others_are_written_is_told(tmp_path, monkeypatch):
+    synced: list[int] = []
+
+    def fail_once(file: int) -> None:
+        synced.append(file)
+        if len(synced) == 1:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(corpus, "_SYNC_EVERY", 100)
+    monkeypatch.setattr(corpus.os, "fsync", fail_once)
+    with SplitWriter(tmp_path, split="train", vocab_size=300) as writer:
+        writer.add([1] * 60, num_bytes=60)
+        with pytest.raises(OSError, match="Input/output error"):
+            writer.finish()
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(65_536, 2), (65_537, 4)])
