@@ -50,6 +50,9 @@ TOKENIZER_LIMIT = 1 << 30  # bytes of text that a tokenizer is trained on: of mo
 
 _READ = "read.json"
 
+Stamps = list[list[str | int]]
+"""Of each file, its name, size and time of change."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -244,9 +247,8 @@ def _read(
         write_json(work / PLAN, plan)
     (work / SPOOL).mkdir(exist_ok=True)
     if not (work / _READ).exists():
-        _spool(work, request, sources, hashing=hashing, crew=crew, progress=progress)
-        if _stamps(request) != before:
-            raise DataError("the files of data.text changed while they were read: start again when they are still")
+        _spool(work, request, sources, hashing=hashing, before=before, crew=crew, progress=progress)
+        _refuse_changed(request, before)
     spool = read_spool(work / SPOOL)
     if spool.num_documents == 0:
         empty = spool.passed_over.get("empty", 0)
@@ -259,7 +261,14 @@ def _read(
 
 
 def _spool(
-    work: Path, request: Request, sources: _Sources, *, hashing: Iterable[Task], crew: Here | Pool, progress: Progress
+    work: Path,
+    request: Request,
+    sources: _Sources,
+    *,
+    hashing: Iterable[Task],
+    before: Stamps,
+    crew: Here | Pool,
+    progress: Progress,
 ) -> None:
     """Spool what is not spooled, and take the digests that are left; with the last one, the plan is known."""
     inputs, options = request.inputs, request.options
@@ -282,12 +291,19 @@ def _spool(
         if result.task["what"] == "hash":
             sources.take(result)
             if (found := sources.all()) is not None:
+                # else what was read before a change would pass, after a crash, for text with the digests of after it
+                _refuse_changed(request, before)
                 write_json(work / PLAN, _plan(request, found))
         else:
             told(result.task, sum(size_of_part(part, inputs) for part in pieces[result.task["piece"]]))
 
 
-def _stamps(request: Request) -> list[list[str | int]]:
+def _refuse_changed(request: Request, before: Stamps) -> None:
+    if _stamps(request) != before:
+        raise DataError("the files of data.text changed while they were read: start again when they are still")
+
+
+def _stamps(request: Request) -> Stamps:
     found = [(path, path.stat()) for source in request.inputs for path in files_of(source)]
     return [[path.name, status.st_size, status.st_mtime_ns] for path, status in found]
 

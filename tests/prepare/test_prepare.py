@@ -133,6 +133,21 @@ def test_the_baselines_of_a_large_text_use_its_beginning_and_say_so(text, tmp_pa
     assert baselines.xz == xz_bits_per_byte(held_out[:500])
 
 
+def test_text_that_changes_before_its_digest_is_known_is_refused_at_once(tmp_path):
+    """What had been read by then would pass, after a crash, for text with the digests of after the change."""
+    text = Path(write_rows(tmp_path / "rows.jsonl", DOCUMENTS))
+    stages: list[str] = []
+
+    def change(stage: str, done: int, total: int | None) -> None:
+        stages.append(stage)
+        if stage == "hash":
+            text.write_text(text.read_text() + '{"text": "one more"}\n')
+
+    with pytest.raises(DataError, match=r"data\.text changed while they were read"):
+        run(tmp_path / "p", str(text), progress=change)
+    assert stages == ["hash"]
+
+
 def test_preparing_twice_gives_the_same_bytes(text, tmp_path):
     run(tmp_path / "one", text)
     run(tmp_path / "two", text)
